@@ -1,0 +1,1 @@
+"""Make sparse Mixture-of-Experts models small enough to run."""

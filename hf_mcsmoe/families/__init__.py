@@ -1,0 +1,8 @@
+"""Where each model keeps router and experts: the only code that knows module names. One file per way of writing it."""
+
+from ..registry import import_submodules
+from .base import FAMILIES, MoeFamily, find_layers
+
+import_submodules(__name__, __path__)
+
+__all__ = ["FAMILIES", "MoeFamily", "find_layers"]

@@ -1,0 +1,121 @@
+"""The standard of transformers 5: experts as 3-D parameters, called with the router's choice and weights."""
+
+import inspect
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..types import ExpertFormat, ExpertWeights, MoeLayer
+from .base import FAMILIES, MoeFamily
+from .names import GROUP_NAMES, TOP_GROUP_NAMES, TOP_K_NAMES, find_router, read_attribute
+
+ROUTED_ARGUMENTS = 3  # hidden_states, top_k_index, top_k_weights
+
+
+class FusedExperts(MoeFamily):
+    """Every family whose experts are `gate_up_proj` (or `up_proj`) and `down_proj` with experts in dimension 0.
+
+    It asks the module for flags, attributes and shapes and knows no class names.
+    """
+
+    def match(self, name: str, module: nn.Module) -> bool:
+        parameters = dict(module.named_parameters(recurse=False))
+        three_dimensional = {n for n, p in parameters.items() if p.dim() == 3}
+        if "down_proj" not in three_dimensional or not {"gate_up_proj", "up_proj"} & three_dimensional:
+            return False
+        # Shared experts may be stored the same way, but no router chooses among them.
+        arguments = len(inspect.signature(type(module).forward).parameters) - 1
+        return "shared" not in name.rpartition(".")[2] and arguments >= ROUTED_ARGUMENTS
+
+    def describe(self, name: str, module: nn.Module, modules: dict[str, nn.Module], config: Any) -> MoeLayer | None:
+        parameters = dict(module.named_parameters(recurse=False))
+        expert_format = read_format(module, parameters)
+        num_experts = parameters["down_proj"].shape[0]
+        expert_map = modules.get(f"{name}.expert_map")
+        num_slots = expert_map.index.numel() if expert_map is not None else num_experts
+        found = find_router(name, modules, num_slots)
+        if found is None:
+            return None
+        router_name, block_name = found
+        router, block = modules[router_name], modules[block_name]
+        owners = (router, block, getattr(module, "config", None), config and config.get_text_config())
+        top_k = read_attribute(TOP_K_NAMES, *owners) or 1
+        num_router_groups = read_attribute(GROUP_NAMES, *owners) or 1
+        top_groups = read_attribute(TOP_GROUP_NAMES, *owners) or 1
+        first, last = parameters["down_proj"].shape[1:]
+        return MoeLayer(
+            name=name,
+            experts=module,
+            router_name=router_name,
+            router=router,
+            block_name=block_name,
+            block=block,
+            num_slots=num_slots,
+            num_experts=num_experts,
+            top_k=top_k,
+            hidden_size=last if expert_format.is_transposed else first,
+            intermediate_size=first if expert_format.is_transposed else last,
+            format=expert_format,
+            family=self,
+            num_router_groups=num_router_groups,
+            # Group-limited routers score a group by the sum of its best two experts.
+            experts_per_group=top_k if num_router_groups == 1 else max(2, math.ceil(top_k / top_groups)),
+        )
+
+    def expert_parameters(self, layer: MoeLayer) -> dict[str, Tensor]:
+        named = layer.experts.named_parameters(recurse=False)
+        return {name: p for name, p in named if p.dim() >= 2 and p.shape[0] == layer.num_experts}
+
+    def view(self, layer: MoeLayer, parameters: dict[str, Tensor]) -> ExpertWeights:
+        expert_format = layer.format
+        oriented = {
+            name: p.transpose(1, 2) if expert_format.is_transposed and p.dim() == 3 else p
+            for name, p in parameters.items()
+        }
+        fields = {"down": oriented["down_proj"], "down_bias": oriented.get("down_proj_bias")}
+        if not expert_format.has_gate:
+            return ExpertWeights(up=oriented["up_proj"], up_bias=oriented.get("up_proj_bias"), **fields)
+        gate, up = split_gate_up(oriented["gate_up_proj"], expert_format.is_interleaved)
+        gate_bias, up_bias = None, None
+        if "gate_up_proj_bias" in oriented:
+            gate_bias, up_bias = split_gate_up(oriented["gate_up_proj_bias"], expert_format.is_interleaved)
+        return ExpertWeights(gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias, **fields)
+
+    def routed_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        given = (*args, *kwargs.values())  # all callers pass them in this order
+        hidden_states, top_k_index, top_k_weights = given[:ROUTED_ARGUMENTS]
+        return hidden_states, top_k_index, top_k_weights
+
+    def logits_module(self, layer: MoeLayer) -> nn.Module:
+        # Where the scores come from a linear layer inside the router, its output are logits for certain;
+        # what the router itself returns first may already be probabilities.
+        for module in layer.router.modules():
+            if isinstance(module, nn.Linear) and module.out_features == layer.num_slots:
+                return module
+        return layer.router
+
+    def route(self, layer: MoeLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        output = layer.router(*args, **kwargs)
+        return output[2], output[1]
+
+
+def read_format(module: nn.Module, parameters: dict[str, Tensor]) -> ExpertFormat:
+    """The flags of `use_experts_implementation`, or what the parameters' names say where it is not used."""
+    return ExpertFormat(
+        has_gate=getattr(module, "has_gate", "gate_up_proj" in parameters),
+        has_bias=getattr(module, "has_bias", "down_proj_bias" in parameters),
+        is_transposed=getattr(module, "is_transposed", False),
+        is_interleaved=not getattr(module, "is_concatenated", True),
+    )
+
+
+def split_gate_up(stacked: Tensor, is_interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the gate and up halves of (N, 2 I, ...) along dimension 1."""
+    if is_interleaved:
+        return stacked[:, ::2], stacked[:, 1::2]
+    width = stacked.shape[1] // 2
+    return stacked[:, :width], stacked[:, width:]
+
+
+FAMILIES.append(FusedExperts())

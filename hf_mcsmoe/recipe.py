@@ -1,0 +1,276 @@
+"""Recipe: what the user asks for. Presets: the published methods as recipes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .alignment import ALIGNMENT
+from .allocation import ALLOCATION
+from .grouping import GROUPING
+from .merging import MERGING
+from .registry import Registry, closest
+from .saliency import SALIENCY
+from .similarity import SIMILARITY
+
+LAYOUTS = ("mapped", "native")
+STEPS: dict[str, Registry] = {
+    "saliency": SALIENCY,
+    "allocation": ALLOCATION,
+    "similarity": SIMILARITY,
+    "grouping": GROUPING,
+    "alignment": ALIGNMENT,
+    "merging": MERGING,
+    "importance": SALIENCY,
+}
+OPTIONAL_STEPS = ("similarity", "alignment", "merging")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which steps compress the experts, and how far.
+
+    Every step is a name in the registry of its folder; `<step>_options` holds that function's options.
+
+    Attributes:
+        keep: Share of the experts (of the layers that are not excluded) that stays, in (0, 1].
+        num_experts: The same as an average number per layer; exclusive with `keep`.
+        layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
+        saliency: Score that decides which experts lead.
+        allocation: How many experts each layer keeps; None takes "global_usage" for the mapped layout
+            and "uniform" for the native one, where all layers must have the same number.
+        similarity: How alike experts are; None where the grouping does not ask.
+        grouping: Which experts become one.
+        alignment: Neuron order before merging; None leaves neurons as they are.
+        merging: How the members of a group become one matrix; None keeps the dominant expert (pruning).
+        importance: Score that weighs the members in the merge.
+        exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
+            `fnmatch` on the name of the experts module (str).
+        decomposition: None, or "low_rank_sparse": W = L R + S with `rank` and the share `keep_rows` of
+            the rows of S.
+        collapse_duplicates: In the mapped layout several slots of a token may hold one expert; compute
+            it once and add the weights. "auto" does so where held-out tokens show enough duplicates.
+        seed: Seeds whatever draws random numbers.
+        preset: Name of the preset that this recipe started from, if any.
+
+    Raises:
+        ValueError: A name, an option or a bound is not allowed.
+    """
+
+    keep: float | None = None
+    num_experts: int | None = None
+    layout: str = "mapped"
+    saliency: str = "usage_frequency"
+    allocation: str | None = None
+    similarity: str | None = "router_logits"
+    grouping: str = "dominant_experts"
+    alignment: str | None = "weight_matching"
+    merging: str | None = "weighted_average"
+    importance: str = "usage_frequency"
+    saliency_options: dict[str, Any] = field(default_factory=dict)
+    allocation_options: dict[str, Any] = field(default_factory=dict)
+    similarity_options: dict[str, Any] = field(default_factory=dict)
+    grouping_options: dict[str, Any] = field(default_factory=dict)
+    alignment_options: dict[str, Any] = field(default_factory=dict)
+    merging_options: dict[str, Any] = field(default_factory=dict)
+    importance_options: dict[str, Any] = field(default_factory=dict)
+    exclude_layers: tuple[int | str, ...] = ()
+    decomposition: str | None = None
+    decomposition_options: dict[str, Any] = field(default_factory=dict)
+    collapse_duplicates: bool | str = "auto"
+    seed: int = 0
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude_layers", tuple(self.exclude_layers))  # YAML and JSON give lists
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}, allowed are {LAYOUTS}.{closest(self.layout, LAYOUTS)}")
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", "uniform" if self.layout == "native" else "global_usage")
+        self._check_budget()
+        self._check_steps()
+        self._check_combinations()
+
+    def _check_budget(self) -> None:
+        if self.keep is None and self.num_experts is None:
+            object.__setattr__(self, "keep", 0.5)
+        if self.keep is not None and self.num_experts is not None:
+            raise ValueError(
+                f"keep is {self.keep} and num_experts is {self.num_experts}; they say the same thing. Give one of them."
+            )
+        if self.keep is not None and not (isinstance(self.keep, float | int) and 0 < self.keep <= 1):
+            raise ValueError(f"keep is {self.keep!r}, it must be in (0, 1]. 0.5 keeps half of the experts.")
+        if self.num_experts is not None and not (isinstance(self.num_experts, int) and self.num_experts >= 1):
+            raise ValueError(f"num_experts is {self.num_experts!r}, it must be a whole number >= 1.")
+
+    def _check_steps(self) -> None:
+        for step, registry in STEPS.items():
+            name, options = getattr(self, step), getattr(self, f"{step}_options")
+            if name is None and step in OPTIONAL_STEPS:
+                if options:
+                    raise ValueError(
+                        f"{step}_options is {options} but {step} is None. Name the {step} they belong to."
+                    )
+                continue
+            registry.check_options(name, options)
+
+    def _check_combinations(self) -> None:
+        if self.layout == "native" and self.allocation != "uniform":
+            raise ValueError(
+                f"allocation is {self.allocation!r}, but layout 'native' needs the same number of experts in all "
+                "layers. Use allocation='uniform' or layout='mapped'."
+            )
+        if self.layout == "native" and self.exclude_layers:
+            raise ValueError(
+                f"exclude_layers is {list(self.exclude_layers)}, but layout 'native' needs the same number of experts "
+                "in all layers. Use layout='mapped'."
+            )
+        if self.grouping == "dominant_experts" and self.similarity is None:
+            raise ValueError(
+                "grouping 'dominant_experts' needs a similarity, got None. Use similarity='router_logits'."
+            )
+        if self.collapse_duplicates not in (True, False, "auto"):
+            raise ValueError(
+                f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
+            )
+        if self.decomposition is not None:
+            self._check_decomposition()
+
+    def _check_decomposition(self) -> None:
+        if self.decomposition != "low_rank_sparse":
+            raise ValueError(f"Unknown decomposition {self.decomposition!r}; choose one of ['low_rank_sparse'].")
+        if self.layout == "native":
+            raise ValueError("decomposition needs layout 'mapped', got 'native'. No plain model can hold factors.")
+        unknown = set(self.decomposition_options) - {"rank", "keep_rows"}
+        if unknown:
+            raise ValueError(
+                f"decomposition 'low_rank_sparse' has no option {sorted(unknown)}; it has rank, keep_rows."
+            )
+        rank, keep_rows = self.rank, self.keep_rows
+        if not (isinstance(rank, int) and rank >= 1):
+            raise ValueError(f"rank is {rank!r}, it must be a whole number >= 1.")
+        if not 0 <= keep_rows <= 1:
+            raise ValueError(f"keep_rows is {keep_rows!r}, it must be in [0, 1].")
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors of a decomposed expert (paper: 32)."""
+        return self.decomposition_options.get("rank", 32)
+
+    @property
+    def keep_rows(self) -> float:
+        """Share of the rows of the sparse part that a decomposed expert keeps (paper: 0.1)."""
+        return self.decomposition_options.get("keep_rows", 0.1)
+
+    def statistics_needed(self) -> frozenset[str]:
+        """Union of the fields of `LayerStatistics` that the steps read."""
+        used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
+        return frozenset().union(*(registry.needs(name) for registry, name in used))
+
+    def experts_per_layer(self, num_experts: int) -> int:
+        """Average number of experts that a layer of `num_experts` keeps.
+
+        `keep` is rounded half up; the result is at least 1.
+        """
+        if self.num_experts is not None:
+            return self.num_experts
+        return max(1, math.floor(self.keep * num_experts + 0.5))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that differ from the defaults; `Recipe(**d)` gives the recipe back."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["exclude_layers"] = list(self.exclude_layers)
+        return {
+            name: value
+            for name, value in values.items()
+            if value != {} and value != [] and (name not in defaults or value != defaults[name] or name == "layout")
+        }
+
+
+RECIPE_FIELDS = frozenset(f.name for f in dataclasses.fields(Recipe))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published method: its recipe, and where it comes from."""
+
+    paper: str
+    url: str
+    notes: str
+    recipe: Mapping[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "m-smoe": Preset(
+        paper="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (Li et al., 2024)",
+        url="https://arxiv.org/abs/2310.01334",
+        notes="Aligns members to their group's dominant expert, not to expert 0: one assignment each, never worse.",
+        recipe={},
+    ),
+    "frequency": Preset(
+        paper="Usage-frequency pruning, the baseline of Li et al., 2024",
+        url="https://arxiv.org/abs/2310.01334",
+        notes="Keeps the most used experts as they are and drops the others.",
+        recipe={"similarity": None, "grouping": "drop", "alignment": None, "merging": None},
+    ),
+}
+
+
+def recipe_from_preset(preset: str, **changes: Any) -> Recipe:
+    """The recipe of a preset with some fields changed.
+
+    Raises:
+        ValueError: Unknown preset or field (with the closest match), or a value that is not allowed.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.{closest(preset, PRESETS)}")
+    check_fields(changes)
+    return Recipe(**{**PRESETS[preset].recipe, "preset": preset, **changes})
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key that is no field of `Recipe`."""
+    for name in values:
+        if name not in RECIPE_FIELDS:
+            raise ValueError(
+                f"A recipe has no field {name!r}; it has {sorted(RECIPE_FIELDS)}.{closest(name, RECIPE_FIELDS)}"
+            )
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain containers; with "preset", the other keys change that preset.
+
+    Raises:
+        ValueError: Unknown preset or field, or a value that is not allowed.
+        TypeError: `values` is not a mapping.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"A recipe is a mapping of fields, got {type(values).__name__}. See `Recipe` for the fields.")
+    check_fields(values)
+    if values.get("preset") is not None:
+        return recipe_from_preset(**values)
+    return Recipe(**values)
+
+
+def recipe_from_yaml(path: str | Path) -> Recipe:
+    """A recipe from a YAML file; unknown keys are refused.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Not YAML, or not a valid recipe.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No recipe file {str(path)!r}. Give the path of a YAML file or a preset: {sorted(PRESETS)}."
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is not valid YAML: {error}") from error
+    return recipe_from_dict(values or {})
