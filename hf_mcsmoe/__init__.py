@@ -1,1 +1,32 @@
-"""Make sparse Mixture-of-Experts models small enough to run."""
+"""Make sparse Mixture-of-Experts models small enough to run.
+
+Importing this package registers `MergedSparseMoeConfig` and the model classes with transformers' Auto classes.
+"""
+
+from .calibration import Calibration, load_calibration
+from .compress import compress_moe
+from .config import MergedSparseMoeConfig
+from .layouts import plan
+from .modeling import (
+    MergedSparseMoeForCausalLM,
+    MergedSparseMoeForImageTextToText,
+    MergedSparseMoeForSeq2SeqLM,
+    MergedSparseMoeForSequenceClassification,
+    MergedSparseMoeModel,
+)
+from .recipe import PRESETS, Recipe
+
+__all__ = [
+    "PRESETS",
+    "Calibration",
+    "MergedSparseMoeConfig",
+    "MergedSparseMoeForCausalLM",
+    "MergedSparseMoeForImageTextToText",
+    "MergedSparseMoeForSeq2SeqLM",
+    "MergedSparseMoeForSequenceClassification",
+    "MergedSparseMoeModel",
+    "Recipe",
+    "compress_moe",
+    "load_calibration",
+    "plan",
+]

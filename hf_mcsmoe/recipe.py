@@ -30,6 +30,11 @@ STEPS: dict[str, Registry] = {
 OPTIONAL_STEPS = ("similarity", "alignment", "merging")
 
 
+def is_number(value: Any, kind: Any) -> bool:
+    """Whether `value` is of a number type; True and False, which Python counts as 1 and 0, are not."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Which steps compress the experts, and how far.
@@ -86,6 +91,11 @@ class Recipe:
     preset: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.exclude_layers, list | tuple):
+            raise ValueError(
+                f"exclude_layers is {self.exclude_layers!r}, it must be a list of positions and patterns. "
+                "Put one entry into a list too."
+            )
         object.__setattr__(self, "exclude_layers", tuple(self.exclude_layers))  # YAML and JSON give lists
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}, allowed are {LAYOUTS}.{closest(self.layout, LAYOUTS)}")
@@ -100,16 +110,18 @@ class Recipe:
             object.__setattr__(self, "keep", 0.5)
         if self.keep is not None and self.num_experts is not None:
             raise ValueError(
-                f"keep is {self.keep} and num_experts is {self.num_experts}; they say the same thing. Give one of them."
+                f"keep is {self.keep} and num_experts is {self.num_experts}; they say the same. Give one of them."
             )
-        if self.keep is not None and not (isinstance(self.keep, float | int) and 0 < self.keep <= 1):
+        if self.keep is not None and not (is_number(self.keep, float | int) and 0 < self.keep <= 1):
             raise ValueError(f"keep is {self.keep!r}, it must be in (0, 1]. 0.5 keeps half of the experts.")
-        if self.num_experts is not None and not (isinstance(self.num_experts, int) and self.num_experts >= 1):
+        if self.num_experts is not None and not (is_number(self.num_experts, int) and self.num_experts >= 1):
             raise ValueError(f"num_experts is {self.num_experts!r}, it must be a whole number >= 1.")
 
     def _check_steps(self) -> None:
         for step, registry in STEPS.items():
             name, options = getattr(self, step), getattr(self, f"{step}_options")
+            if not isinstance(options, Mapping):
+                raise ValueError(f"{step}_options is {options!r}, it must map names to values. Leave it out for none.")
             if name is None and step in OPTIONAL_STEPS:
                 if options:
                     raise ValueError(
@@ -139,6 +151,11 @@ class Recipe:
             )
         if self.decomposition is not None:
             self._check_decomposition()
+        elif self.decomposition_options:
+            raise ValueError(
+                f"decomposition_options is {self.decomposition_options} but decomposition is None. "
+                "Name the decomposition they belong to."
+            )
 
     def _check_decomposition(self) -> None:
         if self.decomposition != "low_rank_sparse":
@@ -151,9 +168,9 @@ class Recipe:
                 f"decomposition 'low_rank_sparse' has no option {sorted(unknown)}; it has rank, keep_rows."
             )
         rank, keep_rows = self.rank, self.keep_rows
-        if not (isinstance(rank, int) and rank >= 1):
+        if not (is_number(rank, int) and rank >= 1):
             raise ValueError(f"rank is {rank!r}, it must be a whole number >= 1.")
-        if not 0 <= keep_rows <= 1:
+        if not (is_number(keep_rows, float | int) and 0 <= keep_rows <= 1):
             raise ValueError(f"keep_rows is {keep_rows!r}, it must be in [0, 1].")
 
     @property
@@ -181,14 +198,16 @@ class Recipe:
         return max(1, math.floor(self.keep * num_experts + 0.5))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers that differ from the defaults; `Recipe(**d)` gives the recipe back."""
+        """Plain containers, without defaults; `Recipe(**d)` and `recipe_from_dict(d)` give the recipe back."""
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["exclude_layers"] = list(self.exclude_layers)
+        # What the preset sets is said even where this recipe went back to the default, or it would come back.
+        said = {"layout", *(PRESETS[self.preset].recipe if self.preset in PRESETS else ())}
         return {
             name: value
             for name, value in values.items()
-            if value != {} and value != [] and (name not in defaults or value != defaults[name] or name == "layout")
+            if name in said or (value not in ({}, []) and (name not in defaults or value != defaults[name]))
         }
 
 

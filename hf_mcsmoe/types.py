@@ -1,4 +1,4 @@
-"""The values that flow between the steps. N router slots, M stored experts, k top-k, D hidden size, I width, T tokens."""
+"""The values that flow between the steps. N slots, M stored experts, k top-k, D hidden size, I width, T tokens."""
 
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -155,6 +155,11 @@ class ExpertGroups:
         if not torch.equal(self.dominant_of_group.unique(), self.dominant_of_group):
             # Ascending order keeps the summation order of the experts, so that M = N is bit-identical.
             raise ValueError(f"dominant_of_group must ascend, got {self.dominant_of_group.tolist()}.")
+        num_experts = self.group_of_expert.numel()
+        if ((self.dominant_of_group < 0) | (self.dominant_of_group >= num_experts)).any():
+            raise ValueError(
+                f"dominant_of_group must stay in 0..{num_experts - 1}, got {self.dominant_of_group.tolist()}."
+            )
         led = self.group_of_expert[self.dominant_of_group]
         if not torch.equal(led, expected):
             raise ValueError(

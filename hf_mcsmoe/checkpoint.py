@@ -1,0 +1,65 @@
+"""Writing the result: checked before work starts, complete or not there at all."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .publishing import write_card, write_report
+from .types import CompressionReport
+
+
+def check_output_folder(output_dir: str | Path | None, overwrite: bool) -> Path | None:
+    """The folder as a path.
+
+    Raises:
+        FileExistsError: It exists and is not empty, and `overwrite` is False.
+        NotADirectoryError: It is a file.
+    """
+    if output_dir is None:
+        return None
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output_dir {str(folder)!r} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"output_dir {str(folder)!r} exists and is not empty. Choose another, or set overwrite=True (--overwrite)."
+        )
+    return folder
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise OSError if the disk of `folder` has less than `needed` bytes free."""
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"The result takes {needed:,} bytes, but the disk of {str(existing)!r} has {free:,} free. "
+            "Free some space, keep fewer experts or choose another output_dir."
+        )
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    report: CompressionReport,
+    folder: Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Write model, tokenizer, report, recipe and card into a temporary folder, then rename it to `folder`."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_output_folder(folder, overwrite)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        complete = Path(temporary) / "new"
+        model.save_pretrained(complete)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(complete)
+        write_report(report, complete)
+        write_card(complete, repo_name=folder.name)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")  # removed together with the temporary folder
+        complete.rename(folder)

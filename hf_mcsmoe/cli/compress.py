@@ -1,0 +1,112 @@
+"""`hf-mcsmoe compress`: a smaller checkpoint from a model and a recipe."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options
+from .tables import before_after, human, human_bytes, print_table
+
+if TYPE_CHECKING:
+    from ..types import CompressionReport
+
+
+def compress_command(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", help="Folder for the compressed model.")],
+    config: options.Config = None,
+    preset: options.Preset = None,
+    keep: options.Keep = None,
+    num_experts: options.NumExperts = None,
+    layout: options.Layout = None,
+    allocation: options.Allocation = None,
+    exclude_layer: options.ExcludeLayer = None,
+    rank: options.Rank = None,
+    keep_rows: options.KeepRows = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", help=".txt, .jsonl, .parquet or .npy; without it the text that ships."),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Rows of calibration data.")] = None,
+    sequence_length: Annotated[int | None, typer.Option("--sequence-length", help="Tokens in a row.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in a forward pass.")] = 8,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the calibration sample and the steps.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Compress the experts of a model, and write checkpoint, tokenizer, report, recipe and model card.
+
+    Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl --device-map auto
+    """
+    recipe = options.build_recipe(
+        config=config,
+        preset=preset,
+        keep=keep,
+        num_experts=num_experts,
+        layout=layout,
+        allocation=allocation,
+        exclude_layer=exclude_layer,
+        rank=rank,
+        keep_rows=keep_rows,
+        seed=seed,
+    )
+    from ..compress import compress_moe
+    from ..layouts import plan
+
+    planned = plan(model, recipe, trust_remote_code=trust_remote_code)
+    typer.echo(
+        f"Plan: {human(planned.total_parameters_before)} -> {human(planned.total_parameters_after)} parameters, "
+        f"{human_bytes(planned.total_bytes_before)} -> {human_bytes(planned.total_bytes_after)}"
+    )
+    result = compress_moe(
+        model,
+        recipe,
+        calibration=calibration,
+        output_dir=output,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+    show(result.compression_report)
+    show_loading(output, recipe.layout)
+
+
+def show(report: "CompressionReport") -> None:
+    """Print a report for people."""
+    totals = [("total parameters", "total_parameters", False), ("bytes", "total_bytes", True)]
+    print_table(
+        f"Compressed in {report.seconds:.0f} s",
+        ["", "before", "after", "left"],
+        [
+            before_after(label, getattr(report, f"{name}_before"), getattr(report, f"{name}_after"), is_bytes)
+            for label, name, is_bytes in totals
+        ],
+    )
+    rows = []
+    for layer in report.layers:
+        error = "-" if layer.relative_error is None else f"{layer.relative_error:.2%}"
+        experts = f"{layer.num_experts_before} -> {layer.num_experts_after}"
+        rows.append([layer.layer, experts, human_bytes(layer.bytes_after), error])
+    print_table("Layers", ["experts module", "experts", "bytes after", "error on held-out tokens"], rows)
+    for warning in report.warnings:
+        typer.echo(f"- {warning}")
+
+
+def show_loading(folder: Path, layout: str) -> None:
+    """Print how to load a result."""
+    typer.echo(f"Written to {folder}: {human_bytes(bytes_of_weights(folder))} of weights. To load it:")
+    if layout == "mapped":
+        typer.echo("    import hf_mcsmoe")
+    typer.echo(f'    model = transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
+
+
+def bytes_of_weights(folder: Path) -> int:
+    """Size of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,117 @@
+"""`hf-mcsmoe demo`: the whole way on a tiny model that ships, offline."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options
+from .compress import bytes_of_weights
+from .tables import before_after, human, print_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..evaluation import Evaluation
+
+PROMPT = "def read_file(path):\n"
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 96, 256
+EVALUATION_ROWS = 32  # of 256 tokens, for each domain
+
+
+def demo_command(
+    output: Annotated[Path, typer.Option("--output", help="Folder for the result.")] = Path("hf-mcsmoe-demo"),
+    keep: Annotated[float, typer.Option("--keep", help="Share of the experts that stays, in (0, 1].")] = 0.5,
+    layout: Annotated[str, typer.Option("--layout", help="mapped or native.")] = "mapped",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+) -> None:
+    """Compress the tiny model that ships with this package, and compare it with the original. Offline, one minute.
+
+    Example: hf-mcsmoe demo --keep 0.25 --output out
+    """
+    start = time.perf_counter()
+    recipe = options.build_recipe(preset=options.DEFAULT_PRESET, keep=keep, layout=layout)
+    from transformers import AutoModelForCausalLM
+
+    from ..checkpoint import check_output_folder
+    from ..compress import compress_moe
+    from ..evaluation import evaluate_model, generate_samples, load_evaluation_data
+    from ..loading import load_model, load_tokenizer
+
+    check_output_folder(output, overwrite)
+    source = tiny_model_folder()
+    original, tokenizer = load_model(source), load_tokenizer(source)
+    step(
+        1,
+        f"The original: {type(original).__name__} with {human(original.num_parameters())} parameters, trained on "
+        "Python source code and its documentation. Most of it are experts, of which a token uses a few.",
+    )
+    step(2, f"Compress: count what the router picks on calibration text, merge alike experts, keep {keep:.0%}.")
+    compress_moe(
+        source,
+        recipe,
+        calibration=str(source.parent / "calibration.jsonl"),
+        output_dir=output,
+        num_samples=CALIBRATION_ROWS,
+        sequence_length=CALIBRATION_LENGTH,
+        overwrite=overwrite,
+        progress=False,
+    )
+    step(3, f"Load the result from {output} with AutoModelForCausalLM, as any model.")
+    compressed = AutoModelForCausalLM.from_pretrained(output)
+    show_sizes(original, compressed, source, output)
+    step(4, f"Compare both on text that neither has seen, {EVALUATION_ROWS} rows of each domain.")
+    rows = load_evaluation_data(str(source.parent / "evaluation.jsonl"), tokenizer, num_samples=EVALUATION_ROWS)
+    scores = evaluate_model(compressed, rows, baseline=original, progress=False)
+    show_scores(scores, output)
+    step(5, f"Let both continue {PROMPT!r}, always with the most likely token:")
+    for name, model in (("original", original), ("compressed", compressed)):
+        typer.echo(f"   {name}: {generate_samples(model, tokenizer, [PROMPT], max_new_tokens=32)[0]!r}")
+    typer.echo(f"\nDone in {time.perf_counter() - start:.0f} s. Report and model card: {output / 'README.md'}")
+    show_next(source, output)
+
+
+def tiny_model_folder() -> Path:
+    """The folder of the tiny model.
+
+    Raises:
+        FileNotFoundError: The package was installed without its assets.
+    """
+    folder = Path(__file__).parents[1] / "assets" / "tiny-qwen3-moe"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"The tiny model is not in {str(folder)!r}. Reinstall hf-mcsmoe, or make it: "
+            "python examples/train_tiny_moe.py --output hf_mcsmoe/assets"
+        )
+    return folder
+
+
+def step(number: int, text: str) -> None:
+    """Say what happens next."""
+    typer.echo(f"\n{number}. {text}")
+
+
+def show_sizes(original: "PreTrainedModel", compressed: "PreTrainedModel", source: Path, output: Path) -> None:
+    """Print parameters and bytes of both models."""
+    numbers = original.num_parameters(), compressed.num_parameters()
+    sizes = bytes_of_weights(source), bytes_of_weights(output)
+    rows = [before_after("parameters", *numbers), before_after("weights on disk", *sizes, in_bytes=True)]
+    print_table("Size", ["", "original", "compressed", "left"], rows)
+
+
+def show_scores(scores: "Evaluation", output: Path) -> None:
+    """Print scores, and add them to the report and the card."""
+    from .evaluate import save_scores, show
+
+    show(scores)
+    save_scores(str(output), scores)
+
+
+def show_next(source: Path, output: Path) -> None:
+    """Print what to try next."""
+    typer.echo("Next, try:")
+    typer.echo(f"  hf-mcsmoe inspect {output}")
+    typer.echo(f"  hf-mcsmoe plan {source} --keep 0.25 --layout native")
+    typer.echo(f"  hf-mcsmoe evaluate {output} --baseline {source}")
+    typer.echo("  hf-mcsmoe compress YOUR_MODEL --output out --keep 0.5 --calibration your_texts.jsonl")

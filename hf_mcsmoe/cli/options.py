@@ -1,0 +1,89 @@
+"""Options that several commands share, and the recipe that they describe."""
+
+import dataclasses
+import re
+from typing import Annotated, Any
+
+import typer
+
+from ..recipe import PRESETS, Recipe, recipe_from_preset, recipe_from_yaml
+
+DEFAULT_PRESET = "m-smoe"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or Hub id of a model.")]
+Config = Annotated[
+    str | None, typer.Option("--config", help=f"Recipe: a YAML file, or a preset ({', '.join(sorted(PRESETS))}).")
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help=f"Published method to start from (default: {DEFAULT_PRESET}).")
+]
+Keep = Annotated[float | None, typer.Option("--keep", help="Share of the experts that stays, in (0, 1]; default 0.5.")]
+NumExperts = Annotated[
+    int | None, typer.Option("--num-experts", help="Experts that a layer keeps on average; instead of --keep.")
+]
+Layout = Annotated[
+    str | None,
+    typer.Option("--layout", help="mapped (router kept, index map) or native (fewer router rows, plain model)."),
+]
+Allocation = Annotated[
+    str | None, typer.Option("--allocation", help="How experts are shared out among layers: global_usage, uniform.")
+]
+ExcludeLayer = Annotated[
+    list[str] | None,
+    typer.Option("--exclude-layer", help="Position of an MoE layer (0 is the first) or a name pattern; repeatable."),
+]
+Rank = Annotated[int | None, typer.Option("--rank", help="Decompose experts into low-rank factors of this rank.")]
+KeepRows = Annotated[
+    float | None, typer.Option("--keep-rows", help="Share of the rows of the sparse part beside the factors.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
+DeviceMap = Annotated[str | None, typer.Option("--device-map", help="As in from_pretrained, e.g. auto.")]
+
+
+def build_recipe(
+    *,
+    config: str | None = None,
+    preset: str | None = None,
+    keep: float | None = None,
+    num_experts: int | None = None,
+    layout: str | None = None,
+    allocation: str | None = None,
+    exclude_layer: list[str] | None = None,
+    rank: int | None = None,
+    keep_rows: float | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """The recipe of the options: those given change that of `config` or `preset`.
+
+    Raises:
+        ValueError: Options that contradict each other, or a recipe that is not allowed.
+        FileNotFoundError: `config` is neither a preset nor a file.
+    """
+    if config is not None and preset is not None:
+        raise ValueError(f"--config {config!r} and --preset {preset!r} both name a recipe. Give one of them.")
+    if config is None or config in PRESETS:
+        base = recipe_from_preset(config or preset or DEFAULT_PRESET)
+    else:
+        base = recipe_from_yaml(config)
+    changes: dict[str, Any] = {"allocation": allocation, "layout": layout, "seed": seed}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if keep is not None or num_experts is not None:
+        changes |= {"keep": keep, "num_experts": num_experts}
+    if layout not in (None, base.layout) and allocation is None:
+        changes["allocation"] = None  # each layout has its own default
+    if exclude_layer:
+        changes["exclude_layers"] = tuple(as_layer(entry) for entry in exclude_layer)
+    if rank is not None or keep_rows is not None:
+        given = {"rank": rank, "keep_rows": keep_rows}
+        options = base.decomposition_options | {name: value for name, value in given.items() if value is not None}
+        changes |= {"decomposition": "low_rank_sparse", "decomposition_options": options}
+    return dataclasses.replace(base, **changes)
+
+
+def as_layer(entry: str) -> int | str:
+    """A position for a whole number, else the pattern itself."""
+    return int(entry) if re.fullmatch(r"-?\d+", entry) else entry

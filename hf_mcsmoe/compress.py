@@ -1,0 +1,251 @@
+"""compress_moe: the whole pipeline, from the user's model to a smaller one."""
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .allocation import ALLOCATION
+from .calibration import Calibration, load_calibration
+from .checkpoint import check_free_space, check_output_folder, save_checkpoint
+from .config import FORMAT_VERSION, MergedSparseMoeConfig
+from .executors.in_memory import collect_statistics
+from .families import find_layers
+from .layer_compression import compress_layer
+from .layouts import budget_of_layer, check_layout, plan, resolve_layers
+from .loading import empty_model, load_model, load_tokenizer, read_config
+from .modeling.experts import rename_counts
+from .modeling.merged_model import merged_class
+from .modeling.offload import fetched
+from .recipe import PRESETS, Recipe, recipe_from_preset, recipe_from_yaml
+from .saliency import SALIENCY
+from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
+
+
+def compress_moe(
+    model: PreTrainedModel | str | Path,
+    config: MergedSparseMoeConfig | Recipe | str | Path = "m-smoe",
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    output_dir: str | Path | None = None,
+    num_samples: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    overwrite: bool = False,
+    progress: bool = True,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Compress the experts of a sparse MoE model, in place where `model` is an object, layer by layer.
+
+    Args:
+        model: A model in any device map that Accelerate makes, or a folder or Hub id to load.
+        config: A request, a preset ("m-smoe", ...), a `Recipe`, or the path of a YAML recipe.
+        calibration: Whatever `load_calibration` takes: texts, a dataset, a file, token ids, a DataLoader. None
+            takes a text that ships with the package, with a warning: good for a first look only.
+        tokenizer: Needed for text; loaded from `model` where that is a path.
+        output_dir: Where to write the checkpoint, tokenizer, report and model card; written beside it first and
+            renamed when complete.
+        num_samples: How many rows of the calibration data to use.
+        sequence_length: Tokens per row for text.
+        batch_size: Rows per forward.
+        overwrite: Replace a folder `output_dir` that is not empty.
+        progress: Show progress bars.
+        dtype: For loading a path, as in `from_pretrained`.
+        device_map: For loading a path, as in `from_pretrained`.
+        trust_remote_code: For loading a path, as in `from_pretrained`.
+
+    Returns:
+        The compressed model with the attribute `compression_report`. Mapped layout: of a class registered for
+        `MergedSparseMoeConfig`. Native layout: of its own class, with fewer experts.
+
+    Raises:
+        ValueError: Anything that cannot be done; before the model runs and before a file is written, except
+            what only the statistics can show.
+        FileExistsError: `output_dir` is not empty.
+    """
+    start = time.perf_counter()
+    recipe = as_recipe(config)
+    output = check_output_folder(output_dir, overwrite)
+    path = model if isinstance(model, str | Path) else None
+    if path is not None:
+        described = empty_model(read_config(path, trust_remote_code=trust_remote_code))
+        tokenizer = tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code)
+    else:
+        described = model
+    check_model(described, recipe)
+    if output is not None:
+        check_free_space(output, plan(described, recipe).total_bytes_after)
+    data = load_calibration(
+        calibration,
+        tokenizer,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=recipe.seed,
+        vocab_size=described.get_input_embeddings().num_embeddings,
+    )
+    if path is not None:
+        model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    report = compress_in_memory(model, recipe, data, progress=progress, start=start)
+    if output is not None:
+        save_checkpoint(model, report, output, tokenizer=tokenizer, overwrite=overwrite)
+    return model
+
+
+def as_recipe(config: MergedSparseMoeConfig | Recipe | str | Path) -> Recipe:
+    """The recipe that the user means, checked.
+
+    Raises:
+        TypeError: `config` is none of the four kinds.
+    """
+    if isinstance(config, Recipe):
+        return config
+    if isinstance(config, MergedSparseMoeConfig):
+        return config.to_recipe()
+    if isinstance(config, str) and (config in PRESETS or not config.endswith((".yaml", ".yml"))):
+        return recipe_from_preset(config)
+    if isinstance(config, str | Path):
+        return recipe_from_yaml(config)
+    raise TypeError(
+        f"config is a {type(config).__name__}; it must be a MergedSparseMoeConfig, a Recipe, the name of a preset or "
+        "the path of a YAML recipe."
+    )
+
+
+def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuse what cannot be compressed, before anything runs.
+
+    Raises:
+        TypeError: Not a model of transformers.
+        ValueError: Quantized, already compressed, or not fit for the recipe.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
+            "Merge adapters first (merge_and_unload) if it is a PEFT model."
+        )
+    method = getattr(model, "quantization_method", None) or getattr(model.config, "quantization_config", None)
+    if method is not None:
+        raise ValueError(
+            f"The model is quantized ({method}); its packed weights cannot be merged. "
+            "Load it dequantized (bfloat16) and quantize the result."
+        )
+    if recipe.decomposition is not None:
+        raise ValueError(
+            f"decomposition {recipe.decomposition!r} can be planned, but compress_moe cannot run it yet. "
+            "Leave decomposition out."
+        )
+    check_layout(find_layers(model), recipe, compressing=True, model=model)
+
+
+def compress_in_memory(
+    model: PreTrainedModel, recipe: Recipe, data: Calibration, *, progress: bool, start: float
+) -> CompressionReport:
+    """Statistics in one pass, then each layer in order. `model` was checked; it is changed in place."""
+    layers, _ = resolve_layers(find_layers(model), recipe)
+    before = count(model)
+    architecture, name_or_path = type(model).__name__, model.config.name_or_path or None
+    check_finite(layers)
+    needs = recipe.statistics_needed() - {"weights"}
+    statistics, samples = collect_statistics(model, layers, data, needs, seed=recipe.seed, progress=progress)
+    allotted = allocate(layers, recipe, statistics)
+    reports: list[LayerReport] = []
+    layouts: dict[str, Any] = {}
+    bar = tqdm(layers, desc="merging", unit="layer", disable=not progress, delay=2)
+    for layer, num_experts in zip(bar, allotted, strict=True):
+        sample = samples.pop(layer.name)
+        report, layouts[layer.name] = compress_layer(layer, recipe, statistics[layer.name], num_experts, sample)
+        reports.append(report)
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "scipy")}
+    versions |= {"hf_mcsmoe": package_version(), "python": platform.python_version()}
+    fingerprint = data.fingerprint()
+    if recipe.layout == "mapped":
+        provenance = {"base_model": name_or_path, "calibration": fingerprint, "versions": versions}
+        adopt_mapped(model, recipe, layouts, architecture, provenance)
+    else:
+        adopt_native(model, layers[0].num_slots, allotted[0])
+    after = count(model)
+    model.compression_report = CompressionReport(
+        recipe=recipe.to_dict(),
+        calibration=fingerprint,
+        layers=reports,
+        base_model=name_or_path,
+        base_architecture=architecture,
+        total_parameters_before=before[0],
+        total_parameters_after=after[0],
+        total_bytes_before=before[1],
+        total_bytes_after=after[1],
+        seconds=time.perf_counter() - start,
+        versions=versions,
+    )
+    return model.compression_report
+
+
+def allocate(layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics]) -> list[int]:
+    """Experts that each layer keeps, by the recipe's allocation rule."""
+    saliency_of_layer = []
+    for layer in layers:
+        weights = None
+        if "weights" in SALIENCY.needs(recipe.saliency):
+            with fetched(layer.experts):
+                weights = layer.family.view(layer, layer.expert_parameters)
+                saliency = SALIENCY[recipe.saliency](statistics[layer.name], weights, **recipe.saliency_options)
+        else:
+            saliency = SALIENCY[recipe.saliency](statistics[layer.name], weights, **recipe.saliency_options)
+        saliency_of_layer.append(saliency)
+    rule = ALLOCATION[recipe.allocation]
+    return rule(saliency_of_layer, budget_of_layer(layers, recipe), **recipe.allocation_options)
+
+
+def adopt_mapped(
+    model: PreTrainedModel, recipe: Recipe, layouts: dict[str, Any], architecture: str, provenance: dict[str, Any]
+) -> None:
+    """Make the model an instance of the mapped version of its class, with the layout in its configuration."""
+    model.config.merged_sparse_moe = {
+        "recipe": recipe.to_dict(),
+        "base_architecture": architecture,
+        "layers": layouts,
+        "provenance": provenance,
+        "format_version": FORMAT_VERSION,
+    }
+    model.__class__ = merged_class(type(model))
+
+
+def adopt_native(model: PreTrainedModel, num_slots: int, num_experts: int) -> None:
+    """Write the new number of experts wherever the model and its configurations say the old one."""
+    owners = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
+    for owner in {id(owner): owner for owner in [*owners, *model.modules()] if owner is not None}.values():
+        rename_counts(owner, num_slots, num_experts)
+
+
+def check_finite(layers: list[MoeLayer]) -> None:
+    """Raise ValueError for NaN or Inf in the experts of a layer, naming layer and expert."""
+    for layer in layers:
+        with fetched(layer.experts):
+            for name, parameter in layer.expert_parameters.items():
+                finite = torch.isfinite(parameter.detach()).flatten(1).all(dim=1)
+                if not finite.all():
+                    raise ValueError(
+                        f"{name} of {layer.name!r} holds NaN or Inf in expert {(~finite).nonzero().flatten().tolist()}. "
+                        "The checkpoint is damaged or was saved in a dtype too narrow for it; get a sound copy."
+                    )
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(parameters, bytes of all parameters) of a model, tied ones once, offloaded ones included."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def package_version() -> str:
+    """Version of this package as installed."""
+    return version("hf-mcsmoe")

@@ -1,0 +1,294 @@
+"""What the result is: parameters, bytes and FLOPs of a recipe without building it, and what it cannot be."""
+
+import fnmatch
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .allocation import ALLOCATION
+from .families import find_layers
+from .loading import empty_model, read_config
+from .recipe import Recipe
+from .registry import closest
+from .sizes import INDEX_BYTES, Sizes, expert_size, expert_sizes, measure, router_sizes
+from .types import MoeLayer
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a recipe makes of the routed experts of one layer; its router and expert map are not in here."""
+
+    name: str
+    num_slots: int
+    experts_before: int
+    experts_after: int
+    expert_parameters_before: int
+    expert_parameters_after: int
+    expert_bytes_before: int
+    expert_bytes_after: int
+    excluded: bool  # left as it is
+    is_average: bool  # the allocation shares one budget among layers; each one's part is known after calibration
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What a recipe makes of a model. For the meaning of each size see `Sizes`."""
+
+    layers: list[LayerPlan]
+    layout: str
+    total_parameters_before: int
+    total_parameters_after: int
+    active_parameters_before: int
+    active_parameters_after: int
+    expert_parameters_before: int
+    expert_parameters_after: int
+    total_bytes_before: int
+    total_bytes_after: int
+    expert_bytes_before: int
+    expert_bytes_after: int
+    flops_per_token_before: int
+    flops_per_token_after: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON."""
+        return asdict(self)
+
+
+def resolve_layers(layers: Sequence[MoeLayer], recipe: Recipe) -> tuple[list[MoeLayer], list[MoeLayer]]:
+    """(layers to compress, excluded layers), both in the order of the model.
+
+    Raises:
+        ValueError: An entry of `exclude_layers` matches no layer, or all layers are excluded.
+        TypeError: An entry is neither a position nor a pattern.
+    """
+    names = [layer.name for layer in layers]
+    excluded: set[int] = set()
+    for entry in recipe.exclude_layers:
+        if isinstance(entry, bool) or not isinstance(entry, int | str):
+            raise TypeError(
+                f"exclude_layers has {entry!r} of type {type(entry).__name__}. Give positions (int) or patterns (str)."
+            )
+        if isinstance(entry, int):
+            if not -len(names) <= entry < len(names):
+                raise ValueError(
+                    f"exclude_layers has {entry}, but the model has {len(names)} MoE layers: positions "
+                    f"{-len(names)}..{len(names) - 1}. Dense layers do not count."
+                )
+            excluded.add(entry % len(names))
+            continue
+        matches = [position for position, name in enumerate(names) if fnmatch.fnmatchcase(name, entry)]
+        if not matches:
+            raise ValueError(
+                f"exclude_layers has {entry!r}, which matches none of the {len(names)} MoE layers, from {names[0]!r} "
+                f"to {names[-1]!r}.{closest(entry, names)}"
+            )
+        excluded.update(matches)
+    if names and len(excluded) == len(names):
+        raise ValueError(
+            f"exclude_layers {list(recipe.exclude_layers)} leaves none of the {len(names)} MoE layers to compress. "
+            "Exclude fewer."
+        )
+    kept = [layer for position, layer in enumerate(layers) if position not in excluded]
+    return kept, [layer for position, layer in enumerate(layers) if position in excluded]
+
+
+def budget_of_layer(layers: Sequence[MoeLayer], recipe: Recipe) -> list[int]:
+    """Experts that each layer keeps on average; `layers` are those that are compressed."""
+    return [recipe.experts_per_layer(layer.num_slots) for layer in layers]
+
+
+def check_layout(
+    layers: Sequence[MoeLayer], recipe: Recipe, *, compressing: bool, model: nn.Module | None = None
+) -> None:
+    """Refuse what a recipe cannot make of a model, before any work.
+
+    Args:
+        layers: All MoE layers of the model.
+        recipe: What is asked.
+        compressing: Whether the result is to be built; False where it is only planned.
+        model: The model the layers belong to, for its name and configuration.
+
+    Raises:
+        ValueError: No MoE layer, an already compressed model, a layout that the family has not, or a budget that
+            the layers, the router or the allocation cannot have. The message says what is allowed.
+        TypeError: An entry of `exclude_layers` is of a wrong type.
+    """
+    named = "The model" if model is None else type(model).__name__
+    if not layers:
+        raise ValueError(
+            f"{named} has no MoE layer that hf_mcsmoe knows: it is dense, or stores its routed experts in a way "
+            "that is not supported. Choose another model."
+        )
+    is_marked = hasattr(getattr(model, "config", None), "merged_sparse_moe")
+    if is_marked or any(
+        layer.num_experts != layer.num_slots or hasattr(layer.experts, "expert_map") for layer in layers
+    ):
+        raise ValueError(f"{named} is already compressed (mapped layout). Start from the original model instead.")
+    if len({id(tensor) for layer in layers for tensor in layer.expert_parameters.values()}) < sum(
+        len(layer.expert_parameters) for layer in layers
+    ):
+        raise ValueError(f"{named} ties experts of several layers to each other. Such a model is not supported.")
+    kept, _ = resolve_layers(layers, recipe)
+    for layer in kept:
+        _check_family(layer, recipe, compressing)
+    budgets = budget_of_layer(kept, recipe)
+    for layer, budget in zip(kept, budgets, strict=True):
+        _check_budget(layer, budget, recipe)
+    if recipe.layout == "native":
+        _check_native(kept, budgets)
+    # The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give.
+    equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in kept]
+    ALLOCATION[recipe.allocation](equal, budgets, **recipe.allocation_options)
+
+
+def _check_family(layer: MoeLayer, recipe: Recipe, compressing: bool) -> None:
+    layouts = layer.family.layouts
+    if compressing and not layouts:
+        raise ValueError(
+            f"The experts of {layer.name!r} are separate modules ({type(layer.experts).__name__}): they can be "
+            "inspected and planned, but not compressed yet. Choose a model whose experts are stacked parameters."
+        )
+    if layouts and recipe.layout not in layouts:
+        raise ValueError(f"layout {recipe.layout!r} is not possible for {layer.name!r}. Use one of {list(layouts)}.")
+
+
+def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
+    if not 1 <= budget <= layer.num_slots:
+        raise ValueError(
+            f"num_experts is {budget}, but {layer.name!r} has {layer.num_slots} experts. Ask for 1..{layer.num_slots}."
+        )
+    if recipe.decomposition is None:
+        return
+    limit = min(layer.hidden_size, layer.intermediate_size)
+    if recipe.rank > limit:
+        raise ValueError(
+            f"rank is {recipe.rank}, but the matrices of {layer.name!r} are {layer.intermediate_size} x "
+            f"{layer.hidden_size}. Use a rank of at most {limit}, well below it to save anything."
+        )
+
+
+def _check_native(layers: list[MoeLayer], budgets: list[int]) -> None:
+    """The native layout needs one M for all layers, a router that can be cut, and k choices left in its groups."""
+    first = layers[0]
+    odd = [f"{layer.name!r} ({layer.num_slots})" for layer in layers if layer.num_slots != first.num_slots]
+    if odd:
+        raise ValueError(
+            f"layout 'native' needs the same number of experts in all layers, but {first.name!r} has "
+            f"{first.num_slots} and {', '.join(odd[:5])} differ. Use layout='mapped'."
+        )
+    for layer, budget in zip(layers, budgets, strict=True):
+        groups, slots = layer.num_router_groups, layer.num_slots
+        least = groups * layer.experts_per_group
+        if budget < least or budget % groups:
+            allowed = range(-(-least // groups) * groups, slots + 1, groups)
+            below = [value for value in allowed if value < budget][-1:]
+            above = [value for value in allowed if value > budget][:1]
+            in_groups = f" in {groups} groups of which each keeps the same number" if groups > 1 else ""
+            raise ValueError(
+                f"num_experts is {budget}, but in layout 'native' the router of {layer.name!r} picks {layer.top_k} of "
+                f"{slots} experts{in_groups}: at least {least}{f', a multiple of {groups}' if groups > 1 else ''}. "
+                f"Use {' or '.join(map(str, below + above))}, or layout='mapped'."
+            )
+        if not any(p.dim() == 2 and p.shape[0] == slots for p in layer.router.parameters()):
+            raise ValueError(
+                f"layout 'native' cannot cut the router of {layer.name!r}: none of its matrices has {slots} rows. "
+                "Use layout='mapped'."
+            )
+
+
+def plan(
+    model: PreTrainedModel | PreTrainedConfig | str | os.PathLike, recipe: Recipe, *, trust_remote_code: bool = False
+) -> ModelPlan:
+    """What a recipe makes of a model, without weights and without running anything.
+
+    Bytes are those of the tensors that the checkpoint will hold, in the dtype that the model has or that its
+    configuration says. Mapped layout: M experts a layer, and an int64 map with an entry per slot. Native layout: M
+    experts and M router rows. What `Sizes` says about decomposed experts is in `expert_size`.
+
+    Args:
+        model: A model on any device, a configuration, a folder or a Hub id.
+        recipe: What is asked.
+        trust_remote_code: Run the model's own Python file, if it has one.
+
+    Raises:
+        FileNotFoundError: No such model.
+        ValueError: The recipe cannot be planned for this model, see `check_layout`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        config = read_config(model, trust_remote_code=trust_remote_code)
+        model = empty_model(config, trust_remote_code=trust_remote_code)
+    layers = find_layers(model)
+    check_layout(layers, recipe, compressing=False, model=model)
+    kept, _ = resolve_layers(layers, recipe)
+    budgets = dict(zip((layer.name for layer in kept), budget_of_layer(kept, recipe), strict=True))
+    before = after = measure(model, layers)
+    layer_plans = []
+    for layer in layers:
+        old = expert_sizes(layer, layer.num_experts, expert_size(layer))
+        num_experts = budgets.get(layer.name, layer.num_experts)
+        new = old if layer.name not in budgets else _layer_after(layer, num_experts, recipe)
+        after = after - old + new
+        if layer.name in budgets:
+            after += _routing_change(layer, num_experts, recipe)
+        layer_plans.append(
+            LayerPlan(
+                name=layer.name,
+                num_slots=layer.num_slots,
+                experts_before=layer.num_experts,
+                experts_after=num_experts,
+                expert_parameters_before=old.expert_parameters,
+                expert_parameters_after=new.expert_parameters,
+                expert_bytes_before=old.expert_bytes,
+                expert_bytes_after=new.expert_bytes,
+                excluded=layer.name not in budgets,
+                is_average=layer.name in budgets and recipe.allocation != "uniform",
+            )
+        )
+    sizes = {f"{name}_before": value for name, value in asdict(before).items()}
+    sizes |= {f"{name}_after": value for name, value in asdict(after).items()}
+    notes = _notes(model, kept, recipe, layer_plans)
+    return ModelPlan(layers=layer_plans, layout=recipe.layout, notes=notes, **sizes)
+
+
+def _layer_after(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
+    decomposed_by = recipe if recipe.decomposition is not None else None
+    return expert_sizes(layer, num_experts, expert_size(layer, decomposed_by))
+
+
+def _routing_change(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
+    if recipe.layout == "native":
+        return router_sizes(layer, num_experts) - router_sizes(layer, layer.num_slots)
+    return Sizes(0, 0, 0, layer.num_slots * INDEX_BYTES, 0, 0)
+
+
+def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_plans: list[LayerPlan]) -> list[str]:
+    """What a reader of the numbers must know about them."""
+    notes = []
+    if recipe.layout == "mapped":
+        notes.append(
+            "Active parameters and FLOPs are upper bounds: several slots of a token may hold one expert, which is "
+            "then computed once."
+        )
+    if any(layer.is_average for layer in layer_plans):
+        total = sum(layer.experts_after for layer in layer_plans if not layer.excluded)
+        notes.append(
+            f"Experts per layer are averages: allocation {recipe.allocation!r} spends {total} experts on {len(kept)} "
+            "layers after calibration."
+        )
+        if len({layer.bytes_per_expert for layer in kept}) > 1:
+            notes.append("Experts differ in size between layers, so the totals are estimates.")
+    if any(layer.expert_bytes_after > layer.expert_bytes_before for layer in layer_plans):
+        notes.append(f"rank {recipe.rank} and keep_rows {recipe.keep_rows} store more than the experts they replace.")
+    if not all(layer.family.layouts for layer in kept):
+        notes.append("Experts that are separate modules can be planned, but not compressed yet.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        notes.append("Active parameters and FLOPs are those of one source and one target token together.")
+    if getattr(model.config, "quantization_config", None) is not None:
+        notes.append(f"The checkpoint is quantized; these are the sizes of its weights in {model.dtype}.")
+    return notes

@@ -1,0 +1,19 @@
+"""Merged experts, the model classes that hold them, and their registration with the Auto classes."""
+
+from .merged_model import (
+    MergedSparseMoeForCausalLM,
+    MergedSparseMoeForImageTextToText,
+    MergedSparseMoeForSeq2SeqLM,
+    MergedSparseMoeForSequenceClassification,
+    MergedSparseMoeModel,
+    merged_class,
+)
+
+__all__ = [
+    "MergedSparseMoeForCausalLM",
+    "MergedSparseMoeForImageTextToText",
+    "MergedSparseMoeForSeq2SeqLM",
+    "MergedSparseMoeForSequenceClassification",
+    "MergedSparseMoeModel",
+    "merged_class",
+]

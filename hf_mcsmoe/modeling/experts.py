@@ -1,0 +1,159 @@
+"""Putting fewer experts into a layer: the expert map of the mapped layout, the cut router of the native one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.names import NUM_EXPERTS_NAMES
+from ..types import MoeLayer
+from .offload import execution_device, fetched, replace_tensor
+
+
+class ExpertMap(nn.Module):
+    """Sends router slots to stored experts, before the experts see them.
+
+    It acts in a pre-hook of the experts module, not inside its forward, because expert parallelism replaces
+    that forward and calls the original with local ids.
+
+    Args:
+        num_slots: N, rows of the router.
+        num_experts: M, experts stored.
+        has_dropped: Some slots map to -1: they add nothing.
+        collapse_duplicates: Compute an expert once per token where several of its slots hold it.
+    """
+
+    def __init__(self, num_slots: int, num_experts: int, has_dropped: bool = False, collapse_duplicates: bool = False):
+        super().__init__()
+        self.num_experts = num_experts
+        self.has_dropped = has_dropped
+        self.collapse_duplicates = collapse_duplicates
+        self.register_buffer("index", torch.arange(num_slots) % num_experts)  # (N,) int64 in [-1, M)
+
+    def forward(self, slots: Tensor, weights: Tensor, can_skip: bool) -> tuple[Tensor, Tensor]:
+        """Stored experts and weights of each token.
+
+        Args:
+            slots: Router slots, (T, k) int64.
+            weights: Their weights, (T, k).
+            can_skip: The experts' forward skips index M. Otherwise skipped slots go to expert 0 with weight 0.
+
+        Returns:
+            Expert index (T, k) in [0, M] and weights (T, k); a skipped slot has weight 0.
+        """
+        experts = self.index.to(slots.device)[slots]
+        skip = experts < 0 if self.has_dropped else None
+        if self.collapse_duplicates and can_skip:
+            same = experts[..., :, None] == experts[..., None, :]  # (T, k, k)
+            weights = torch.where(same, weights[..., None, :], 0).sum(-1).to(weights.dtype)
+            repeated = same.tril(-1).any(-1)
+            skip = repeated if skip is None else skip | repeated
+        if skip is None:
+            return experts, weights
+        return experts.masked_fill(skip, self.num_experts if can_skip else 0), weights.masked_fill(skip, 0)
+
+
+def map_slots(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of an experts module (hidden_states, top_k_index, top_k_weights): slots to experts."""
+    names = list(kwargs)
+    given = [*args, *kwargs.values()]
+    given[1], given[2] = module.expert_map(given[1], given[2], can_skip_experts(module))
+    return tuple(given[: len(args)]), dict(zip(names, given[len(args) :], strict=True))
+
+
+def can_skip_experts(module: nn.Module) -> bool:
+    """Whether index M is skipped: by transformers' grouped implementation with its sentinel masks switched on.
+
+    Not under real expert parallelism, which uses that index itself; its modules hold fewer experts than M.
+    """
+    return (
+        getattr(module, "_is_expert_parallel", False)
+        and module.num_experts == module.expert_map.num_experts
+        and module.config._experts_implementation == "grouped_mm"
+    )
+
+
+def attach_expert_map(experts: nn.Module, num_slots: int, layout: dict[str, Any], index: Tensor | None = None) -> None:
+    """Give an experts module that already holds M experts its map and the hook that applies it.
+
+    Args:
+        experts: The module; its tensors have M entries.
+        num_slots: N.
+        layout: `num_experts`, `has_dropped` and `collapse_duplicates` of the layer.
+        index: The map, (N,) int64; None leaves a placeholder for a checkpoint to fill.
+    """
+    expert_map = ExpertMap(num_slots, layout["num_experts"], layout["has_dropped"], layout["collapse_duplicates"])
+    if index is not None:
+        expert_map.index.copy_(index)
+    tensor = next(experts.parameters(), None)
+    device = torch.device("meta") if tensor is not None and tensor.is_meta else None
+    device = execution_device(experts) if device is None or hasattr(experts, "_hf_hook") else device
+    experts.expert_map = expert_map.to(device)
+    if hasattr(experts, "num_experts"):
+        experts.num_experts = layout["num_experts"]
+    if (layout["has_dropped"] or layout["collapse_duplicates"]) and hasattr(experts, "_is_expert_parallel"):
+        experts._is_expert_parallel = True  # makes the grouped implementation skip index M
+    experts.register_forward_pre_hook(map_slots, with_kwargs=True)
+
+
+def shrink_experts(layer: MoeLayer, num_experts: int) -> None:
+    """Cut a freshly built layer to its first M experts, on any device (meta included)."""
+    for name, parameter in layer.expert_parameters.items():
+        replace_tensor(layer.experts, name, parameter[:num_experts].clone())
+
+
+def install_mapped(layer: MoeLayer, parameters: dict[str, Tensor], slot_map: Tensor, layout: dict[str, Any]) -> None:
+    """Replace a layer's experts by M merged ones behind a map; in place.
+
+    Args:
+        layer: The layer as found in the original model.
+        parameters: New experts in the family's own orientation, dimension 0 = M.
+        slot_map: (N,) int64 in [-1, M).
+        layout: See `attach_expert_map`.
+    """
+    for name, value in parameters.items():
+        replace_tensor(layer.experts, name, value)
+    attach_expert_map(layer.experts, layer.num_slots, layout, slot_map)
+
+
+def install_native(layer: MoeLayer, parameters: dict[str, Tensor], rows: Tensor) -> None:
+    """Replace a layer's experts by M and keep only the router rows `rows` (M,) ascending; in place."""
+    for name, value in parameters.items():
+        replace_tensor(layer.experts, name, value)
+    for module in [*layer.router.modules(), layer.block]:
+        select_rows(module, layer.num_slots, rows)
+    for module in [layer.experts, layer.block, *layer.router.modules()]:
+        rename_counts(module, layer.num_slots, rows.numel())
+
+
+def select_rows(module: nn.Module, num_slots: int, rows: Tensor) -> None:
+    """Keep `rows` of every direct tensor of `module` with one entry per slot: (N, ...) or (1, N)."""
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        axis = slot_axis(tensor, num_slots)
+        if axis is not None:
+            with fetched(module):
+                current = getattr(module, name).detach()
+                kept = current.index_select(axis, rows.to(current.device))
+            replace_tensor(module, name, kept)
+    if isinstance(module, nn.Linear) and module.out_features == num_slots:
+        module.out_features = rows.numel()
+
+
+def slot_axis(tensor: Tensor, num_slots: int) -> int | None:
+    """The axis of a router tensor that counts slots, None if it has none."""
+    if tensor.dim() >= 1 and tensor.shape[0] == num_slots:
+        return 0
+    if tensor.dim() == 2 and tuple(tensor.shape) == (1, num_slots):
+        return 1
+    return None
+
+
+def rename_counts(owner: Any, num_slots: int, num_experts: int) -> None:
+    """Set every expert count of a module or configuration that equals N to M."""
+    for name in NUM_EXPERTS_NAMES:
+        try:
+            value = getattr(owner, name, None)
+        except RuntimeError:
+            continue  # a configuration with per-layer values of this name
+        if isinstance(value, int) and value == num_slots:
+            setattr(owner, name, num_experts)

@@ -1,0 +1,15 @@
+"""What a compression leaves beside the weights: report, recipe and model card."""
+
+from .card import CARD_FILE, model_card, write_card
+from .report import RECIPE_FILE, REPORT_FILE, read_report, recipe_yaml, write_report
+
+__all__ = [
+    "CARD_FILE",
+    "RECIPE_FILE",
+    "REPORT_FILE",
+    "model_card",
+    "read_report",
+    "recipe_yaml",
+    "write_card",
+    "write_report",
+]

@@ -1,0 +1,227 @@
+"""The tables and sentences of the model card, from the plain values of the report."""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..recipe import OPTIONAL_STEPS, PRESETS, STEPS, Recipe, recipe_from_preset
+
+NOT_EVALUATED, NOT_MEASURED = "not evaluated", "not measured"
+CALIBRATION_LABELS = {
+    "sha256": "SHA-256 of tokens and masks",
+    "tokens": "tokens for the statistics",
+    "held_out_tokens": "tokens held out to measure output errors",
+}
+NUM_WORST_LAYERS = 3
+
+
+def sections(report: Mapping[str, Any], recipe: Recipe, scores: Mapping[str, Any] | None, base: str) -> dict[str, Any]:
+    """What the template shows, by the template's names.
+
+    Args:
+        report: See `CompressionReport.to_dict`.
+        recipe: The recipe in it.
+        scores: See `Evaluation.to_dict`; None: not evaluated.
+        base: The base model in words, see `link`.
+    """
+    return {
+        "summary": _summary(report, base),
+        "parameters": _before_after(report, "total_parameters", count),
+        "bytes": _before_after(report, "total_bytes", size),
+        "layers": [_layer_row(run) for run in _runs(report["layers"])],
+        "evaluation": _evaluation_rows(scores) if scores else None,
+        "evaluated_on": _evaluated_on(scores) if scores else None,
+        "method": _method(recipe),
+        "calibration": _calibration(report["calibration"]),
+        "limitations": [*_layer_limits(report), *_evaluation_limits(scores), *map(plain, report["warnings"])],
+        "made_with": _made_with(report),
+        "citation": _citation(recipe),
+    }
+
+
+def count(number: int) -> str:
+    """12,345,678."""
+    return f"{number:,}"
+
+
+def size(number: int) -> str:
+    """Bytes, exact and in the largest unit that fits: 12,345,678 (12.35 MB)."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= factor:
+            return f"{number:,} ({number / factor:.2f} {unit})"
+    return f"{number:,}"
+
+
+def plain(text: str) -> str:
+    """Text from outside on one line, safe in a cell of a table and as HTML."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def link(hub_id: str | None, path: str | None) -> str:
+    """The base model in words: a link to the Hub, or the last part of a local path."""
+    if hub_id is not None:
+        return f"[{hub_id}](https://huggingface.co/{hub_id})"
+    # The folders above tell about the machine, not about the model.
+    return f"the local model `{plain(Path(path).name)}`" if path else "a model without a name"
+
+
+def licence(metadata: Mapping[str, str], base: str) -> str:
+    """What the card says about the licence that `metadata` declares."""
+    if not metadata:
+        return f"That of {base}, which was not known when this card was written; see there before you use the model."
+    name = metadata.get("license_name", metadata.get("license"))
+    name = f"[{name}]({metadata['license_link']})" if "license_link" in metadata else f"`{name}`"
+    return f"{name}, inherited from {base}."
+
+
+def _summary(report: Mapping[str, Any], base: str) -> str:
+    layers = report["layers"]
+    before, after = (sum(layer[f"num_experts_{time}"] for layer in layers) for time in ("before", "after"))
+    return (
+        f"This is {base} with {count(after)} experts instead of {count(before)} in "
+        f"{_times(len(layers), 'MoE layer')}. Made with `hf_mcsmoe`."
+    )
+
+
+def _times(number: int, noun: str) -> str:
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def _before_after(report: Mapping[str, Any], name: str, written: Callable[[int], str]) -> dict[str, str]:
+    before, after = report[f"{name}_before"], report[f"{name}_after"]
+    return {"before": written(before), "after": written(after), "share": f"{after / before:.1%}"}
+
+
+def _runs(layers: list[dict]) -> list[list[dict]]:
+    """Neighbouring layers with equal numbers of experts, parameters and bytes."""
+    names = [f"{what}_{time}" for what in ("num_experts", "parameters", "bytes") for time in ("before", "after")]
+    return [list(run) for _, run in groupby(layers, key=lambda layer: [layer[name] for name in names])]
+
+
+def _layer_row(run: list[dict]) -> list[str]:
+    first, last = (run[place]["layer"].split(".") for place in (0, -1))
+    if len(first) == len(last):
+        name = ".".join(a if a == b else f"{a}…{b}" for a, b in zip(first, last, strict=True))
+    else:
+        name = f"{run[0]['layer']} … {run[-1]['layer']}"
+    numbers = [
+        f"{count(run[0][f'{what}_before'])} → {count(run[0][f'{what}_after'])}"
+        for what in ("num_experts", "parameters", "bytes")
+    ]
+    errors = [layer["relative_error"] for layer in run if layer["relative_error"] is not None]
+    error = NOT_MEASURED
+    if errors:
+        error = " to ".join(dict.fromkeys(f"{limit:.4g}" for limit in (min(errors), max(errors))))
+        error += f" ({len(errors)} of {len(run)} measured)" if len(errors) < len(run) else ""
+    return [f"`{name}`", str(len(run)), *numbers, error]
+
+
+def _perplexity(loss: float | None) -> str:
+    return NOT_EVALUATED if loss is None else f"{math.exp(min(loss, 700.0)):.4g}"
+
+
+def _evaluation_rows(scores: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, score in [*scores["domains"].items(), ("all", scores["overall"])]:
+        error, kl, agreement = score["loss_standard_error"], score["kl"], score["top1_agreement"]
+        rows.append(
+            [
+                plain(name),
+                count(score["tokens"]),
+                _perplexity(score["baseline_loss"]),
+                f"{score['perplexity']:.4g}",
+                f"{score['loss']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
+                NOT_EVALUATED if kl is None else f"{kl:.4f}",
+                NOT_EVALUATED if agreement is None else f"{agreement:.1%}",
+            ]
+        )
+    return rows
+
+
+def _evaluated_on(scores: Mapping[str, Any]) -> list[str]:
+    return [f"{plain(name)}: `{plain(source)}`" for name, source in scores.get("sources", {}).items()]
+
+
+def _method(recipe: Recipe) -> list[str]:
+    preset = PRESETS.get(recipe.preset)
+    lines = ["A recipe of its own, no published preset."]
+    if preset is not None:
+        lines = [f"`{recipe.preset}`: {preset.paper}, <{preset.url}>. {preset.notes}"]
+        budget = {"keep": recipe.keep, "num_experts": recipe.num_experts, "layout": recipe.layout}
+        published = recipe_from_preset(recipe.preset, **budget)
+        names = [f"{step}{suffix}" for step in STEPS for suffix in ("", "_options")]
+        names += ["exclude_layers", "decomposition", "decomposition_options"]
+        changed = [f"`{name}`" for name in names if getattr(recipe, name) != getattr(published, name)]
+        if changed:
+            lines.append(f"Changed from the preset: {', '.join(changed)}.")
+    steps = [
+        f"{step} `{getattr(recipe, step)}`"
+        for step in STEPS
+        if not (step in OPTIONAL_STEPS and getattr(recipe, step) is None)
+        and not (step == "importance" and recipe.merging is None)
+    ]
+    lines.append(f"Steps: {', '.join(steps)}; layout `{recipe.layout}`.")
+    if recipe.decomposition is not None:
+        lines.append(
+            f"Each stored matrix is factors of rank {recipe.rank} plus {100 * recipe.keep_rows:g}% of the rows of the "
+            f"residual (`{recipe.decomposition}`)."
+        )
+    return lines
+
+
+def _calibration(calibration: Mapping[str, Any] | None) -> list[str]:
+    if not calibration:
+        return ["No calibration data is recorded."]
+    lines = []
+    for key, value in calibration.items():
+        written = count(value) if isinstance(value, int) and not isinstance(value, bool) else f"`{plain(value)}`"
+        lines.append(f"{CALIBRATION_LABELS.get(key, key.replace('_', ' '))}: {written}")
+    return lines
+
+
+def _layer_limits(report: Mapping[str, Any]) -> list[str]:
+    measured = [layer for layer in report["layers"] if layer["relative_error"] is not None]
+    worst = sorted(measured, key=lambda layer: -layer["relative_error"])[:NUM_WORST_LAYERS]
+    names = ", ".join(f"`{layer['layer']}` ({layer['relative_error']:.4g})" for layer in worst)
+    lines = [
+        f"Layers whose output changed most on held-out calibration tokens, with their output error: {names}."
+        if worst
+        else f"The change of the layers' outputs on held-out tokens was {NOT_MEASURED}."
+    ]
+    unused = [layer for layer in report["layers"] if layer["unused_experts"] > 0]
+    if unused:
+        number = sum(layer["unused_experts"] for layer in unused)
+        lines.append(
+            f"No calibration token was routed to {_times(number, 'expert')} in {_times(len(unused), 'layer')}: what "
+            "became of these rests on no data."
+        )
+    return lines
+
+
+def _evaluation_limits(scores: Mapping[str, Any] | None) -> list[str]:
+    if not scores:
+        return ["How well the model predicts or writes text was not evaluated. Evaluate it on your task before use."]
+    if scores["overall"]["baseline_loss"] is None:
+        return [f"The loss of quality against the base model was {NOT_EVALUATED}."]
+    changes = {name: score["loss"] - score["baseline_loss"] for name, score in scores["domains"].items()}
+    ordered = sorted(changes, key=lambda name: -changes[name])
+    listed = ", ".join(f"{plain(name)} ({changes[name]:+.4f})" for name in ordered)
+    return [
+        f"Change of the loss in nats per token against the base model, worst domain first: {listed}. Other domains, "
+        f"long contexts and benchmarks: {NOT_EVALUATED}."
+    ]
+
+
+def _made_with(report: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    duration = "" if report["seconds"] is None else f"in {report['seconds']:,.1f} s "
+    return f"Made {duration}with {versions}."
+
+
+def _citation(recipe: Recipe) -> str:
+    preset = PRESETS.get(recipe.preset)
+    if preset is None:
+        return "The recipe is no published preset; cite the papers of its steps and of the base model."
+    return f"{preset.paper}. <{preset.url}>. Cite the base model as well."

@@ -1,0 +1,137 @@
+"""How large a model and its MoE layers are: parameters, bytes and FLOPs, from shapes and dtypes alone."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .modeling.experts import slot_axis
+from .recipe import Recipe
+from .types import MoeLayer
+
+INDEX_BYTES = 8  # of an int64: a slot of the expert map, or the index of a row that a sparse part keeps
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model, or of a part of it. Differences and sums of sizes are sizes."""
+
+    total_parameters: int  # tied ones once
+    active_parameters: int  # what one token uses, see `measure`
+    expert_parameters: int  # of the routed experts
+    total_bytes: int  # of all tensors that a checkpoint stores, file headers left out
+    expert_bytes: int
+    flops_per_token: int  # 2 for each active matrix entry; the scores of attention are left out
+
+    def __add__(self, other: "Sizes") -> "Sizes":
+        return Sizes(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __sub__(self, other: "Sizes") -> "Sizes":
+        return Sizes(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class ExpertSize:
+    """Size of one expert."""
+
+    parameters: int
+    bytes: int
+    matrix_entries: int  # multiplications that a token costs
+
+
+def measure(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Sizes:
+    """Sizes of a model on any device, meta included.
+
+    Active are all parameters outside of the routed experts, plus `min(k, M)` experts of every MoE layer. Embedding
+    tables are looked up, not multiplied: they do not count, unless tied to the output layer, where they count once.
+    In an encoder-decoder these are the parameters that one source and one target token use together.
+
+    Args:
+        model: The model.
+        layers: Its MoE layers, from `find_layers`.
+    """
+    experts = {id(tensor) for layer in layers for tensor in layer.expert_parameters.values()}
+    lookups = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    rest = Sizes(0, 0, 0, 0, 0, 0)
+    for names, tensor in stored_tensors(model):
+        if id(tensor) in experts:
+            continue
+        numel = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+        active = 0 if lookups.issuperset(names) else numel
+        flops = 2 * active if tensor.dim() >= 2 else 0
+        rest += Sizes(numel, active, 0, tensor.numel() * tensor.element_size(), 0, flops)
+    for layer in layers:
+        sizes = expert_sizes(layer, layer.num_experts, expert_size(layer))
+        # Tied experts of two layers are stored once but used twice.
+        is_new = experts.intersection(map(id, layer.expert_parameters.values()))
+        experts -= is_new
+        rest += sizes if is_new else Sizes(0, sizes.active_parameters, 0, 0, 0, sizes.flops_per_token)
+    return rest
+
+
+def stored_tensors(model: PreTrainedModel) -> list[tuple[set[str], Tensor]]:
+    """The tensors that a checkpoint of `model` holds, each with all the names that it has in the model."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = set(model._keys_to_ignore_on_save or ())
+    named = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    found: dict[int, tuple[set[str], Tensor]] = {}
+    for name, tensor in named.items():
+        # Weights that Accelerate keeps elsewhere are different objects although they are tied.
+        tensor = named.get(tied.get(name, name), tensor)
+        if name not in ignored:
+            found.setdefault(id(tensor), (set(), tensor))[0].add(name)
+    return list(found.values())
+
+
+def expert_size(layer: MoeLayer, decomposed_by: Recipe | None = None) -> ExpertSize:
+    """Size of one expert of a layer, as it is or decomposed.
+
+    `W (O, I) ~ left (O, r) right (r, I) + sparse` with `r = rank`, where `sparse` keeps `floor(keep_rows * O + 1/2)`
+    rows of I numbers: the sizes of Li et al., 2024 (https://arxiv.org/abs/2310.01334). Like there, the indices of
+    the kept rows are no parameters; they are in the bytes, 8 for each row. Biases stay as they are.
+
+    Args:
+        layer: The layer.
+        decomposed_by: A recipe with a decomposition; None for the expert as it is.
+    """
+    width, hidden = layer.intermediate_size, layer.hidden_size
+    shapes = [(width, hidden)] * (2 if layer.format.has_gate else 1) + [(hidden, width)]
+    entries = sum(rows * columns for rows, columns in shapes)
+    if decomposed_by is None:
+        return ExpertSize(layer.parameters_per_expert, layer.bytes_per_expert, entries)
+    kept_rows = [math.floor(decomposed_by.keep_rows * rows + 0.5) for rows, _ in shapes]
+    factors = sum(
+        decomposed_by.rank * (rows + columns) + kept * columns
+        for (rows, columns), kept in zip(shapes, kept_rows, strict=True)
+    )
+    element_size = max(layer.expert_parameters.values(), key=Tensor.numel).element_size()
+    return ExpertSize(
+        parameters=layer.parameters_per_expert - entries + factors,
+        bytes=layer.bytes_per_expert + (factors - entries) * element_size + sum(kept_rows) * INDEX_BYTES,
+        matrix_entries=factors,
+    )
+
+
+def expert_sizes(layer: MoeLayer, num_experts: int, expert: ExpertSize) -> Sizes:
+    """What `num_experts` experts of a layer add to the sizes of the model."""
+    # Several of a token's k slots may hold one expert, so k is what is used at most.
+    used = min(layer.top_k, num_experts)
+    parameters, size = num_experts * expert.parameters, num_experts * expert.bytes
+    return Sizes(parameters, used * expert.parameters, parameters, size, size, 2 * used * expert.matrix_entries)
+
+
+def router_sizes(layer: MoeLayer, num_slots: int) -> Sizes:
+    """What the entries of `num_slots` slots add to the sizes of the model: router rows, biases, scales."""
+    block = {name: tensor for name, tensor in layer.block.state_dict(keep_vars=True).items() if "." not in name}
+    total = Sizes(0, 0, 0, 0, 0, 0)
+    for tensor in [*layer.router.state_dict(keep_vars=True).values(), *block.values()]:
+        if slot_axis(tensor, layer.num_slots) is None:
+            continue
+        entries = tensor.numel() // layer.num_slots * num_slots
+        parameters = entries if isinstance(tensor, nn.Parameter) else 0
+        flops = 2 * parameters if tensor.dim() >= 2 else 0
+        total += Sizes(parameters, parameters, 0, entries * tensor.element_size(), 0, flops)
+    return total

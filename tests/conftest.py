@@ -1,0 +1,64 @@
+"""Models and calibration data that several test files share, built once a session."""
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import CAUSAL_FAMILIES, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_mcsmoe import MergedSparseMoeConfig, compress_moe
+
+torch.set_num_threads(1)  # sums of a tiny model in one order, whatever the machine
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Tensor:
+    """Calibration data: 24 rows of 20 token ids."""
+    return torch.randint(3, 150, (24, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Tensor:
+    """Token ids (4, 14) that calibration never saw."""
+    return torch.randint(3, 150, (4, 14), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=CAUSAL_FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each way of writing a causal MoE model in turn."""
+    return request.param
+
+
+@pytest.fixture(params=["mapped", "native"])
+def layout(request: pytest.FixtureRequest) -> str:
+    """Each layout in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def original() -> Callable[..., PreTrainedModel]:
+    """`original(model_type)`: a copy of that tiny model, free to be changed."""
+    built = functools.cache(tiny_model)
+    return lambda *args, **changes: copy.deepcopy(built(*args, **changes))
+
+
+@pytest.fixture(scope="session")
+def compress(original, tokens) -> Callable[..., PreTrainedModel]:
+    """`compress(model_type_or_model, **recipe)`: that model after M-SMoE, to be changed at will."""
+
+    def run(model: str | PreTrainedModel, calibration=tokens, preset="m-smoe", **changes) -> PreTrainedModel:
+        model = original(model) if isinstance(model, str) else model
+        recipe = MergedSparseMoeConfig.from_preset(preset, **changes)
+        return compress_moe(model, recipe, calibration=calibration, progress=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def compressed(compress) -> Callable[[str, str], PreTrainedModel]:
+    """`compressed(model_type, layout)`: the tiny model with half of its experts. Shared: do not change it."""
+    return functools.cache(lambda model_type, layout: compress(model_type, layout=layout))
