@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .modeling.offload import offloaded_state_dict
 from .publishing import write_card, write_report
 from .types import CompressionReport
 
@@ -55,7 +56,7 @@ def save_checkpoint(
     check_output_folder(folder, overwrite)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         complete = Path(temporary) / "new"
-        model.save_pretrained(complete)
+        model.save_pretrained(complete, state_dict=offloaded_state_dict(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(complete)
         write_report(report, complete)

@@ -77,7 +77,8 @@ def compress_moe(
     output = check_output_folder(output_dir, overwrite)
     path = model if isinstance(model, str | Path) else None
     if path is not None:
-        described = empty_model(read_config(path, trust_remote_code=trust_remote_code))
+        config_of_path = read_config(path, trust_remote_code=trust_remote_code)
+        described = empty_model(config_of_path, trust_remote_code=trust_remote_code)
         tokenizer = tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code)
     else:
         described = model
@@ -242,7 +243,11 @@ def check_finite(layers: list[MoeLayer]) -> None:
 
 def count(model: nn.Module) -> tuple[int, int]:
     """(parameters, bytes of all parameters) of a model, tied ones once, offloaded ones included."""
-    parameters = list(model.parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    # Weights that Accelerate keeps elsewhere are different objects although they are tied.
+    stored = [named.get(tied.get(name, name), parameter) for name, parameter in named.items()]
+    parameters = {id(parameter): parameter for parameter in stored}.values()
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 

@@ -47,6 +47,8 @@ def compress_layer(
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new))
+        for name, rows in layer.passive_expert_rows.items():
+            new[name] = torch.cat([new[name], rows.detach()])
         del old, weights
     routing = ROUTING[recipe.layout](groups)
     share = duplicate_share(groups, sample) if routing.slot_map is not None else None
@@ -60,7 +62,7 @@ def compress_layer(
         install_mapped(layer, new, routing.slot_map, layout)
         after = routed_output(layer, sample)
     else:
-        install_native(layer, new, routing.rows)
+        install_native(layer, new, routing.rows, groups.group_of_expert)
         after = routed_output(layer, sample, reroute=True)
     report = LayerReport(
         layer=layer.name,
@@ -134,7 +136,9 @@ def routed_output(layer: MoeLayer, sample: HeldOutSample, reroute: bool = False)
     outputs = []
     for position, (hidden_states, index, weights) in enumerate(sample.experts_inputs):
         if reroute:
-            index, weights = layer.family.route(layer, *sample.router_calls[position])
+            with fetched(layer.block):
+                args, kwargs = sample.router_calls[position]
+                index, weights = layer.family.route(layer, *resolve(layer.block, args, kwargs))
         outputs.append(layer.experts(hidden_states, index, weights))
     return outputs
 

@@ -236,24 +236,29 @@ def plan(
         after = after - old + new
         if layer.name in budgets:
             after += _routing_change(layer, num_experts, recipe)
-        layer_plans.append(
-            LayerPlan(
-                name=layer.name,
-                num_slots=layer.num_slots,
-                experts_before=layer.num_experts,
-                experts_after=num_experts,
-                expert_parameters_before=old.expert_parameters,
-                expert_parameters_after=new.expert_parameters,
-                expert_bytes_before=old.expert_bytes,
-                expert_bytes_after=new.expert_bytes,
-                excluded=layer.name not in budgets,
-                is_average=layer.name in budgets and recipe.allocation != "uniform",
-            )
-        )
+        is_average = layer.name in budgets and recipe.allocation != "uniform"
+        layer_plans.append(_layer_plan(layer, num_experts, old, new, layer.name not in budgets, is_average))
     sizes = {f"{name}_before": value for name, value in asdict(before).items()}
     sizes |= {f"{name}_after": value for name, value in asdict(after).items()}
     notes = _notes(model, kept, recipe, layer_plans)
     return ModelPlan(layers=layer_plans, layout=recipe.layout, notes=notes, **sizes)
+
+
+def _layer_plan(
+    layer: MoeLayer, num_experts: int, old: Sizes, new: Sizes, excluded: bool, is_average: bool
+) -> LayerPlan:
+    return LayerPlan(
+        name=layer.name,
+        num_slots=layer.num_slots,
+        experts_before=layer.num_experts,
+        experts_after=num_experts,
+        expert_parameters_before=old.expert_parameters,
+        expert_parameters_after=new.expert_parameters,
+        expert_bytes_before=old.expert_bytes,
+        expert_bytes_after=new.expert_bytes,
+        excluded=excluded,
+        is_average=is_average,
+    )
 
 
 def _layer_after(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:

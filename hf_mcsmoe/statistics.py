@@ -39,12 +39,13 @@ class StatisticsAccumulator:
         Args:
             top_k_index: Slots that the router chose, (T, k) int64.
             top_k_weights: Weights the block multiplies expert outputs with, (T, k). A slot of weight 0 is not
-                counted: that is how skipped slots and tokens beyond an expert's capacity arrive.
+                counted: that is how skipped slots and tokens beyond an expert's capacity arrive. Nor is an
+                index of N or more, an identity expert.
             token_mask: True for tokens that count, (T,) bool.
             logits: Router logits, (T, N); only read for `logit_gram`.
         """
         device = top_k_index.device
-        counted = token_mask.to(device)[:, None] & (top_k_weights != 0)
+        counted = token_mask.to(device)[:, None] & (top_k_weights != 0) & (top_k_index < self.num_slots)
         slots = torch.where(counted, top_k_index, self.num_slots).flatten()  # what does not count goes past the end
         ones = counted.flatten().to(sum_dtype(device))
         self._add("num_tokens", token_mask.to(device).sum())

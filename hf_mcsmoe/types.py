@@ -110,6 +110,8 @@ class MoeLayer:
     family: "MoeFamily"
     num_router_groups: int = 1  # group-limited routers choose within groups of N / num_router_groups rows
     experts_per_group: int = 1  # the least number of rows that such a group must keep
+    num_passive_rows: int = 0  # rows of the router after the N: identity experts, a skip slot, shared experts
+    num_identity_slots: int = 0  # slots N, N + 1, ... that the experts module answers with its input
 
     @property
     def expert_parameters(self) -> dict[str, Tensor]:
@@ -119,12 +121,22 @@ class MoeLayer:
     @property
     def parameters_per_expert(self) -> int:
         """Numbers that one expert stores."""
-        return sum(p.numel() for p in self.expert_parameters.values()) // self.num_experts
+        numel = sum(p.numel() for p in self.expert_parameters.values())
+        return (numel - sum(rows.numel() for rows in self.passive_expert_rows.values())) // self.num_experts
+
+    @property
+    def passive_expert_rows(self) -> dict[str, Tensor]:
+        """What expert parameters hold past the experts, for slots that use none: (Z, ...), by name; mostly empty."""
+        if self.num_identity_slots == 0:
+            return {}
+        rows = {name: p[self.num_experts :] for name, p in self.expert_parameters.items()}
+        return {name: tail for name, tail in rows.items() if len(tail)}
 
     @property
     def bytes_per_expert(self) -> int:
         """Bytes that one expert takes in its present dtype."""
-        return sum(p.numel() * p.element_size() for p in self.expert_parameters.values()) // self.num_experts
+        size = sum(p.numel() * p.element_size() for p in self.expert_parameters.values())
+        return (size - sum(r.numel() * r.element_size() for r in self.passive_expert_rows.values())) // self.num_experts
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,19 +79,15 @@ def test_a_planted_order_is_found_under_noise_and_in_bfloat16(names):
         assert planted[expert][order[expert]].tolist() == planted[dominant].tolist()
 
 
-def test_every_matrix_has_a_say_in_the_order():
-    # Two experts that differ in the neuron order of one matrix alone, all others being equal for all neurons.
-    for name in FORMATS["gated-bias"][:-1]:
-        tensors = {
-            key: torch.ones_like(value) for key, value in random_weights(FORMATS["gated-bias"], 5).tensors().items()
-        }
-        distinct = random_weights((*{"up", "down", name},), 5, num_experts=1).tensors()[name][[0, 0]]
-        tensors = {key: value[:2] for key, value in tensors.items()} | {name: distinct}
-        planted = torch.tensor([[0, 1, 2, 3, 4], [3, 1, 4, 0, 2]])
-        weights = ExpertWeights(**tensors).permute_neurons(planted)
-        pair = ExpertGroups(torch.tensor([0, 0]), torch.tensor([0]))
-        order = align_by_weight_matching(weights, pair)
-        assert planted[1][order[1]].tolist() == [0, 1, 2, 3, 4], name
+@pytest.mark.parametrize("name", ["gate", "up", "down", "gate_bias", "up_bias"])
+def test_every_matrix_and_neuron_bias_has_a_say_in_the_order(name):
+    # All neurons of the two experts are equal but for one matrix, which a planted order shuffles.
+    distinct = random_weights(FORMATS["gated-bias"], 5, num_experts=2).tensors()
+    tensors = {key: torch.ones_like(value) for key, value in distinct.items()} | {name: distinct[name][[0, 0]]}
+    planted = torch.tensor([[0, 1, 2, 3, 4], [3, 1, 4, 0, 2]])
+    weights = ExpertWeights(**tensors).permute_neurons(planted)
+    order = align_by_weight_matching(weights, ExpertGroups(torch.tensor([0, 0]), torch.tensor([0])))
+    assert planted[1][order[1]].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5])

@@ -41,16 +41,17 @@ def symmetric(size, generator, levels=None):
     return (values + values.T) / 2
 
 
-def test_experts_join_their_most_similar_dominant():
-    # The case of the public code's bug: usage order 3 > 2 > 1 > 0, so rank and expert id differ everywhere.
-    # Leaders by id are 2 and 3. Expert 0 is like 2 (group 0), expert 1 is like 3 (group 1).
+@pytest.mark.parametrize("like_of_expert, labels", [([2, 3], [0, 1, 0, 1]), ([3, 2], [1, 0, 0, 1])])
+def test_experts_join_their_most_similar_dominant(like_of_expert, labels):
+    # The case of the public code's bug: usage order 3 > 2 > 1 > 0, so rank and expert id differ everywhere, and
+    # non-dominant experts whose id is below M = 2 kept their own id as label. Leaders by id are 2 and 3.
     saliency = torch.tensor([0.1, 0.2, 0.3, 0.4])
     similarity = torch.eye(4)
-    similarity[0, 2] = similarity[2, 0] = 0.9
-    similarity[1, 3] = similarity[3, 1] = 0.9
+    for expert, leader in enumerate(like_of_expert):
+        similarity[expert, leader] = similarity[leader, expert] = 0.9
     groups = group_around_dominant_experts(saliency, similarity, num_groups=2)
     assert groups.dominant_of_group.tolist() == [2, 3]
-    assert groups.group_of_expert.tolist() == [0, 1, 0, 1]
+    assert groups.group_of_expert.tolist() == labels
 
 
 def test_low_ids_without_usage_do_not_keep_a_group_of_their_own():

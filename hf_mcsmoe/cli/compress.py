@@ -1,7 +1,7 @@
 """`hf-mcsmoe compress`: a smaller checkpoint from a model and a recipe."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -9,12 +9,13 @@ from . import options
 from .tables import before_after, human, human_bytes, print_table
 
 if TYPE_CHECKING:
+    from ..layouts import ModelPlan
     from ..types import CompressionReport
 
 
 def compress_command(
     model: options.Model,
-    output: Annotated[Path, typer.Option("--output", help="Folder for the compressed model.")],
+    output: options.Output,
     config: options.Config = None,
     preset: options.Preset = None,
     keep: options.Keep = None,
@@ -24,43 +25,27 @@ def compress_command(
     exclude_layer: options.ExcludeLayer = None,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option("--calibration", help=".txt, .jsonl, .parquet or .npy; without it the text that ships."),
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Rows of calibration data.")] = None,
-    sequence_length: Annotated[int | None, typer.Option("--sequence-length", help="Tokens in a row.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in a forward pass.")] = 8,
+    calibration: options.Calibration = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    batch_size: options.BatchSize = 8,
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the calibration sample and the steps.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    seed: options.Seed = None,
+    overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Compress the experts of a model, and write checkpoint, tokenizer, report, recipe and model card.
 
     Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl --device-map auto
     """
-    recipe = options.build_recipe(
-        config=config,
-        preset=preset,
-        keep=keep,
-        num_experts=num_experts,
-        layout=layout,
-        allocation=allocation,
-        exclude_layer=exclude_layer,
-        rank=rank,
-        keep_rows=keep_rows,
-        seed=seed,
-    )
+    budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
+    factors = {"rank": rank, "keep_rows": keep_rows}
+    recipe = options.build_recipe(config=config, preset=preset, layout=layout, seed=seed, **budget, **factors)
     from ..compress import compress_moe
     from ..layouts import plan
 
-    planned = plan(model, recipe, trust_remote_code=trust_remote_code)
-    typer.echo(
-        f"Plan: {human(planned.total_parameters_before)} -> {human(planned.total_parameters_after)} parameters, "
-        f"{human_bytes(planned.total_bytes_before)} -> {human_bytes(planned.total_bytes_after)}"
-    )
+    show_plan(plan(model, recipe, trust_remote_code=trust_remote_code))
     result = compress_moe(
         model,
         recipe,
@@ -76,6 +61,14 @@ def compress_command(
     )
     show(result.compression_report)
     show_loading(output, recipe.layout)
+
+
+def show_plan(planned: "ModelPlan") -> None:
+    """Print in one line what is about to be made."""
+    typer.echo(
+        f"Plan: {human(planned.total_parameters_before)} -> {human(planned.total_parameters_after)} parameters, "
+        f"{human_bytes(planned.total_bytes_before)} -> {human_bytes(planned.total_bytes_after)}"
+    )
 
 
 def show(report: "CompressionReport") -> None:
@@ -101,10 +94,14 @@ def show(report: "CompressionReport") -> None:
 
 def show_loading(folder: Path, layout: str) -> None:
     """Print how to load a result."""
+    from ..loading import auto_class_of, native_class, read_config
+
+    config = read_config(folder)
+    loader = auto_class_of(config) or native_class(config)
     typer.echo(f"Written to {folder}: {human_bytes(bytes_of_weights(folder))} of weights. To load it:")
     if layout == "mapped":
         typer.echo("    import hf_mcsmoe")
-    typer.echo(f'    model = transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
+    typer.echo(f'    model = transformers.{loader.__name__}.from_pretrained("{folder}")')
 
 
 def bytes_of_weights(folder: Path) -> int:

@@ -1,8 +1,9 @@
 """`hf-mcsmoe demo`: the whole way on a tiny model that ships, offline."""
 
+import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,18 +14,16 @@ from .tables import before_after, human, print_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..evaluation import Evaluation
-
 PROMPT = "def read_file(path):\n"
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 96, 256
 EVALUATION_ROWS = 32  # of 256 tokens, for each domain
 
 
 def demo_command(
-    output: Annotated[Path, typer.Option("--output", help="Folder for the result.")] = Path("hf-mcsmoe-demo"),
+    output: options.Output = Path("hf-mcsmoe-demo"),
     keep: Annotated[float, typer.Option("--keep", help="Share of the experts that stays, in (0, 1].")] = 0.5,
     layout: Annotated[str, typer.Option("--layout", help="mapped or native.")] = "mapped",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Compress the tiny model that ships with this package, and compare it with the original. Offline, one minute.
 
@@ -36,7 +35,6 @@ def demo_command(
 
     from ..checkpoint import check_output_folder
     from ..compress import compress_moe
-    from ..evaluation import evaluate_model, generate_samples, load_evaluation_data
     from ..loading import load_model, load_tokenizer
 
     check_output_folder(output, overwrite)
@@ -47,7 +45,11 @@ def demo_command(
         f"The original: {type(original).__name__} with {human(original.num_parameters())} parameters, trained on "
         "Python source code and its documentation. Most of it are experts, of which a token uses a few.",
     )
-    step(2, f"Compress: count what the router picks on calibration text, merge alike experts, keep {keep:.0%}.")
+    step(
+        2,
+        f"Compress with {options.DEFAULT_PRESET} to {keep:.0%} of the experts: run calibration text, count how often "
+        "the router picks each expert, and merge the seldom used ones into the most similar often used one.",
+    )
     compress_moe(
         source,
         recipe,
@@ -61,15 +63,30 @@ def demo_command(
     step(3, f"Load the result from {output} with AutoModelForCausalLM, as any model.")
     compressed = AutoModelForCausalLM.from_pretrained(output)
     show_sizes(original, compressed, source, output)
-    step(4, f"Compare both on text that neither has seen, {EVALUATION_ROWS} rows of each domain.")
+    compare(original, compressed, tokenizer, source, output)
+    typer.echo(f"\nDone in {time.perf_counter() - start:.0f} s. Report and model card: {output / 'README.md'}")
+    show_next(source, output)
+
+
+def compare(
+    original: "PreTrainedModel", compressed: "PreTrainedModel", tokenizer: Any, source: Path, output: Path
+) -> None:
+    """Measure both models on held-out text and let them write; the scores go into the report and the card too."""
+    from ..evaluation import evaluate_model, generate_samples, load_evaluation_data
+    from .evaluate import save_scores, show
+
+    step(
+        4,
+        f"Compare both on text that neither was trained on, {EVALUATION_ROWS} rows of each domain. Perplexity: how "
+        "many tokens the model hesitates between, lower is better. KL: how far predictions moved, 0 is not at all.",
+    )
     rows = load_evaluation_data(str(source.parent / "evaluation.jsonl"), tokenizer, num_samples=EVALUATION_ROWS)
     scores = evaluate_model(compressed, rows, baseline=original, progress=False)
-    show_scores(scores, output)
+    show(scores)
+    save_scores(str(output), scores)
     step(5, f"Let both continue {PROMPT!r}, always with the most likely token:")
     for name, model in (("original", original), ("compressed", compressed)):
         typer.echo(f"   {name}: {generate_samples(model, tokenizer, [PROMPT], max_new_tokens=32)[0]!r}")
-    typer.echo(f"\nDone in {time.perf_counter() - start:.0f} s. Report and model card: {output / 'README.md'}")
-    show_next(source, output)
 
 
 def tiny_model_folder() -> Path:
@@ -95,23 +112,19 @@ def step(number: int, text: str) -> None:
 def show_sizes(original: "PreTrainedModel", compressed: "PreTrainedModel", source: Path, output: Path) -> None:
     """Print parameters and bytes of both models."""
     numbers = original.num_parameters(), compressed.num_parameters()
-    sizes = bytes_of_weights(source), bytes_of_weights(output)
-    rows = [before_after("parameters", *numbers), before_after("weights on disk", *sizes, in_bytes=True)]
+    before, after = bytes_of_weights(source), bytes_of_weights(output)
+    rows = [
+        before_after("parameters", *numbers),
+        ["bytes on disk", f"{before:,}", f"{after:,}", f"{after / before:.1%}"],
+    ]
     print_table("Size", ["", "original", "compressed", "left"], rows)
-
-
-def show_scores(scores: "Evaluation", output: Path) -> None:
-    """Print scores, and add them to the report and the card."""
-    from .evaluate import save_scores, show
-
-    show(scores)
-    save_scores(str(output), scores)
 
 
 def show_next(source: Path, output: Path) -> None:
     """Print what to try next."""
+    result, original = shlex.quote(str(output)), shlex.quote(str(source))
     typer.echo("Next, try:")
-    typer.echo(f"  hf-mcsmoe inspect {output}")
-    typer.echo(f"  hf-mcsmoe plan {source} --keep 0.25 --layout native")
-    typer.echo(f"  hf-mcsmoe evaluate {output} --baseline {source}")
+    typer.echo(f"  hf-mcsmoe inspect {result}")
+    typer.echo(f"  hf-mcsmoe plan {original} --keep 0.25 --layout native")
+    typer.echo(f"  hf-mcsmoe evaluate {result} --baseline {original}")
     typer.echo("  hf-mcsmoe compress YOUR_MODEL --output out --keep 0.5 --calibration your_texts.jsonl")

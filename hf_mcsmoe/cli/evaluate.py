@@ -9,6 +9,8 @@ from . import options
 from .tables import print_table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..calibration import Calibration
     from ..evaluation import Evaluation
 
@@ -16,16 +18,11 @@ if TYPE_CHECKING:
 def evaluate_command(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of the model to evaluate.")],
     baseline: Annotated[str | None, typer.Option("--baseline", help="Model to compare with: the original.")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", help=".txt, .jsonl, .parquet or .npy; repeatable; else the text that ships."),
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Most rows of a domain.")] = None,
-    sequence_length: Annotated[int | None, typer.Option("--sequence-length", help="Tokens in a row.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in a forward pass.")] = 8,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Also show what the models write after this; repeatable.")
-    ] = None,
+    data: options.Data = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    batch_size: options.BatchSize = 8,
+    prompt: options.Prompt = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write.")] = 48,
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -37,8 +34,8 @@ def evaluate_command(
 
     Example: hf-mcsmoe evaluate out --baseline Qwen/Qwen3-30B-A3B --data held_out.jsonl --prompt "The capital of"
     """
-    from ..evaluation import evaluate_model, generate_samples
-    from ..loading import load_model, load_tokenizer
+    from ..evaluation import evaluate_model
+    from ..loading import load_model, load_tokenizer, read_config
 
     if save:
         from ..publishing import read_report
@@ -52,22 +49,13 @@ def evaluate_command(
         raise ValueError(
             f"--prompt needs a tokenizer, but {folder!r} has none. Save one there, or leave --prompt out."
         )
+    vocab_size = read_config(folder, **loading).get_text_config().vocab_size
+    limits = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
+    rows = read_data(data, tokenizer, vocab_size=vocab_size, **limits)
     model = load_model(folder, dtype=dtype, device_map=device_map, **loading)
     original = load_model(baseline, dtype=dtype, device_map=device_map, **loading) if baseline is not None else None
-    size = model.get_input_embeddings().num_embeddings
-    limits = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
-    rows = read_data(data, tokenizer, vocab_size=size, **limits)
     scores = evaluate_model(model, rows, baseline=original)
-    samples = []
-    if prompt:
-        models = {"model": model, "baseline": original}
-        written = {
-            name: generate_samples(one, tokenizer, prompt, max_new_tokens) for name, one in models.items() if one
-        }
-        samples = [
-            {"prompt": text, **{name: texts[position] for name, texts in written.items()}}
-            for position, text in enumerate(prompt)
-        ]
+    samples = samples_of({"model": model, "baseline": original}, tokenizer, prompt or [], max_new_tokens)
     if save:
         save_scores(folder, scores)
     if as_json:
@@ -96,6 +84,23 @@ def read_data(files: list[str] | None, tokenizer: Any, **options: Any) -> "dict[
     return rows
 
 
+def samples_of(
+    models: "dict[str, PreTrainedModel | None]", tokenizer: Any, prompts: list[str], max_new_tokens: int
+) -> list[dict[str, str]]:
+    """For each prompt, what the models that exist write after it, by their names."""
+    from ..evaluation import generate_samples
+
+    if not prompts:  # there may be no tokenizer
+        return []
+    written = {
+        name: generate_samples(m, tokenizer, prompts, max_new_tokens) for name, m in models.items() if m is not None
+    }
+    return [
+        {"prompt": prompt, **{name: texts[position] for name, texts in written.items()}}
+        for position, prompt in enumerate(prompts)
+    ]
+
+
 def save_scores(folder: str, scores: "Evaluation") -> None:
     """Add scores to the report and the model card in a folder."""
     from pathlib import Path
@@ -111,7 +116,7 @@ def show(scores: "Evaluation") -> None:
     columns = ["domain", "tokens", "perplexity"]
     has_baseline = scores.overall.kl is not None
     if has_baseline:
-        columns += ["of the baseline", "KL (nats/token)", "same top token"]
+        columns += ["baseline", "KL (nats)", "same top token"]
     rows = []
     for name, score in [*scores.domains.items(), ("all", scores.overall)]:
         row = [name, f"{score.tokens:,}", f"{score.perplexity:.2f}"]

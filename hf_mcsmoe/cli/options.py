@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +42,22 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder for the result.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help=".txt, .jsonl, .parquet or .npy; without it the text that ships.")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", help=".txt, .jsonl, .parquet or .npy; repeatable; without it the text that ships."),
+]
+NumSamples = Annotated[int | None, typer.Option("--num-samples", help="Most rows of the data to use.")]
+SequenceLength = Annotated[int | None, typer.Option("--sequence-length", help="Tokens in a row.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Rows in a forward pass.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the calibration sample and the steps.")]
+Prompt = Annotated[
+    list[str] | None, typer.Option("--prompt", help="Also show what the models write after this; repeatable.")
+]
 DeviceMap = Annotated[str | None, typer.Option("--device-map", help="As in from_pretrained, e.g. auto.")]
 
 

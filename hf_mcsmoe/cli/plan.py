@@ -30,17 +30,9 @@ def plan_command(
 
     Example: hf-mcsmoe plan Qwen/Qwen3-30B-A3B --config m-smoe --keep 0.5 --layout native
     """
-    recipe = options.build_recipe(
-        config=config,
-        preset=preset,
-        keep=keep,
-        num_experts=num_experts,
-        layout=layout,
-        allocation=allocation,
-        exclude_layer=exclude_layer,
-        rank=rank,
-        keep_rows=keep_rows,
-    )
+    budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
+    factors = {"rank": rank, "keep_rows": keep_rows}
+    recipe = options.build_recipe(config=config, preset=preset, layout=layout, **budget, **factors)
     from ..layouts import plan
 
     result = plan(model, recipe, trust_remote_code=trust_remote_code)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration, CalibrationBatch
+from ..modeling.offload import execution_device
 from ..statistics import StatisticsAccumulator
 from ..types import LayerStatistics, MoeLayer
 
@@ -165,7 +166,7 @@ def cheap_forward(model: PreTrainedModel) -> dict[str, Any]:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the model expects its inputs."""
-    return model.get_input_embeddings().weight.device if not hasattr(model, "hf_device_map") else torch.device("cpu")
+    return execution_device(model.get_input_embeddings())
 
 
 def to_device(value: Any, device: torch.device) -> Any:

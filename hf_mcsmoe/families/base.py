@@ -1,16 +1,33 @@
 """What a model family must tell: where routers and experts are, and how their tensors are laid out."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..types import ExpertWeights, MoeLayer
+from ..types import ExpertFormat, ExpertWeights, MoeLayer
+from .names import TOP_K_NAMES, find_router, read_attribute
+
+ROUTED_ARGUMENTS = 3  # hidden_states, top_k_index, top_k_weights
+
+
+@dataclass(frozen=True)
+class MapHooks:
+    """Where the expert map acts in a forward pass, for experts that are not called with slots and weights."""
+
+    module: nn.Module
+    before: Callable[[nn.Module, tuple], tuple] | None = None  # (expert map, arguments of module) -> arguments
+    after: Callable[[nn.Module, Any], Any] | None = None  # (expert map, output of module) -> output
 
 
 class MoeFamily:
     """How one way of writing MoE layers is read. Stateless; subclasses are registered in `FAMILIES`."""
 
     layouts: tuple[str, ...] = ("mapped", "native")
+    not_native_because: str = ""  # said when the native layout is asked for and not in `layouts`
+    # The call of the experts does not show hidden states, slots and weights; the output of the router does.
+    observes_router: bool = False
 
     def match(self, name: str, module: nn.Module) -> bool:
         """Whether `module` at path `name` holds the routed experts of one layer."""
@@ -21,24 +38,92 @@ class MoeFamily:
         raise NotImplementedError
 
     def expert_parameters(self, layer: MoeLayer) -> dict[str, Tensor]:
-        """The parameters with one entry per expert, by name in `layer.experts`."""
+        """The parameters that hold the experts, by (dotted) name in `layer.experts`."""
         raise NotImplementedError
 
-    def view(self, layer: MoeLayer, parameters: dict[str, Tensor]) -> ExpertWeights:
-        """Views of stacked parameters in canonical orientation; writing into them writes `parameters`."""
+    def stack(self, layer: MoeLayer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+        """`expert_parameters` as tensors with one expert per entry of dimension 0: views where it can be, or copies."""
+        return parameters
+
+    def unstack(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+        """The inverse of `stack`, for any number of experts; no two of the tensors share memory."""
+        return stacked
+
+    def view(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> ExpertWeights:
+        """Views of stacked parameters in canonical orientation; writing into them writes `stacked`."""
         raise NotImplementedError
 
     def routed_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden_states (T, D), top_k_index (T, k), top_k_weights (T, k)) of a call of the experts module."""
+        given = (*args, *kwargs.values())  # all callers pass them in this order
+        hidden_states, top_k_index, top_k_weights = given[:ROUTED_ARGUMENTS]
+        return hidden_states, top_k_index, top_k_weights
+
+    def routed_by_router(self, layer: MoeLayer, args: tuple, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What `routed_inputs` gives, from a call of the router of a family with `observes_router`."""
         raise NotImplementedError
 
+    def run_experts(self, layer: MoeLayer, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Output (T, D) of the routed experts for the slots `index` (T, k) with `weights` (T, k)."""
+        return layer.experts(hidden_states, index, weights)
+
+    def map_hooks(self, layer: MoeLayer) -> MapHooks | None:  # noqa: ARG002
+        """How `layer.experts.expert_map` acts; None where the experts are called with slots and weights."""
+        return None
+
     def logits_module(self, layer: MoeLayer) -> nn.Module:
-        """The module whose output is, or starts with, the router logits (..., N)."""
-        raise NotImplementedError
+        """The module whose output is, or holds, the router logits (..., N)."""
+        # Where the scores come from a linear layer inside the router, its output are logits for certain;
+        # what the router itself returns first may already be probabilities.
+        for module in layer.router.modules():
+            if isinstance(module, nn.Linear) and module.out_features == layer.num_slots:
+                return module
+        return layer.router
+
+    def logits(self, output: Any) -> Tensor:
+        """The router logits in an output of `logits_module`."""
+        return output[0] if isinstance(output, tuple) else output
 
     def route(self, layer: MoeLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(top_k_index, top_k_weights) that the router gives for the inputs of an earlier call."""
         raise NotImplementedError
+
+    def layer_around(
+        self,
+        name: str,
+        modules: dict[str, nn.Module],
+        config: Any,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        expert_format: ExpertFormat,
+    ) -> MoeLayer | None:
+        """The layer of the experts at `name`, with the router beside them; None without router."""
+        expert_map = modules.get(f"{name}.expert_map")
+        num_slots = expert_map.index.numel() if expert_map is not None else num_experts
+        found = find_router(name, modules, num_slots)
+        if found is None:
+            return None
+        router_name, block_name = found
+        router, block = modules[router_name], modules[block_name]
+        top_k = read_attribute(TOP_K_NAMES, router, block, config and config.get_text_config()) or 1
+        return MoeLayer(
+            name=name,
+            experts=modules[name],
+            router_name=router_name,
+            router=router,
+            block_name=block_name,
+            block=block,
+            num_slots=num_slots,
+            num_experts=num_experts,
+            top_k=top_k,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            format=expert_format,
+            family=self,
+            experts_per_group=top_k,
+        )
 
 
 FAMILIES: list[MoeFamily] = []

@@ -7,10 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..types import ExpertFormat, ExpertWeights, MoeLayer
-from .base import FAMILIES, MoeFamily
-from .names import GROUP_NAMES, TOP_GROUP_NAMES, TOP_K_NAMES, find_router, read_attribute
-
-ROUTED_ARGUMENTS = 3  # hidden_states, top_k_index, top_k_weights
+from .base import FAMILIES, ROUTED_ARGUMENTS, MoeFamily
+from .names import GROUP_NAMES, TOP_GROUP_NAMES, TOP_K_NAMES, count_passive_rows, find_router, read_attribute
 
 
 class FusedExperts(MoeFamily):
@@ -33,7 +31,9 @@ class FusedExperts(MoeFamily):
         expert_format = read_format(module, parameters)
         num_experts = parameters["down_proj"].shape[0]
         expert_map = modules.get(f"{name}.expert_map")
-        num_slots = expert_map.index.numel() if expert_map is not None else num_experts
+        # Identity experts have rows in the first matrix, which are never read, but none in the second.
+        num_identity = first_matrix(parameters).shape[0] - num_experts
+        num_slots = expert_map.index.numel() - num_identity if expert_map is not None else num_experts
         found = find_router(name, modules, num_slots)
         if found is None:
             return None
@@ -61,16 +61,20 @@ class FusedExperts(MoeFamily):
             num_router_groups=num_router_groups,
             # Group-limited routers score a group by the sum of its best two experts.
             experts_per_group=top_k if num_router_groups == 1 else max(2, math.ceil(top_k / top_groups)),
+            num_passive_rows=count_passive_rows(router, num_slots),
+            num_identity_slots=num_identity,
         )
 
     def expert_parameters(self, layer: MoeLayer) -> dict[str, Tensor]:
         named = layer.experts.named_parameters(recurse=False)
-        return {name: p for name, p in named if p.dim() >= 2 and p.shape[0] == layer.num_experts}
+        rows = (layer.num_experts, layer.num_experts + layer.num_identity_slots)
+        return {name: p for name, p in named if p.dim() >= 2 and p.shape[0] in rows}
 
     def view(self, layer: MoeLayer, parameters: dict[str, Tensor]) -> ExpertWeights:
         expert_format = layer.format
+        num_experts = parameters["down_proj"].shape[0]
         oriented = {
-            name: p.transpose(1, 2) if expert_format.is_transposed and p.dim() == 3 else p
+            name: p[:num_experts].transpose(1, 2) if expert_format.is_transposed and p.dim() == 3 else p[:num_experts]
             for name, p in parameters.items()
         }
         fields = {"down": oriented["down_proj"], "down_bias": oriented.get("down_proj_bias")}
@@ -82,22 +86,18 @@ class FusedExperts(MoeFamily):
             gate_bias, up_bias = split_gate_up(oriented["gate_up_proj_bias"], expert_format.is_interleaved)
         return ExpertWeights(gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias, **fields)
 
-    def routed_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        given = (*args, *kwargs.values())  # all callers pass them in this order
-        hidden_states, top_k_index, top_k_weights = given[:ROUTED_ARGUMENTS]
-        return hidden_states, top_k_index, top_k_weights
-
-    def logits_module(self, layer: MoeLayer) -> nn.Module:
-        # Where the scores come from a linear layer inside the router, its output are logits for certain;
-        # what the router itself returns first may already be probabilities.
-        for module in layer.router.modules():
-            if isinstance(module, nn.Linear) and module.out_features == layer.num_slots:
-                return module
-        return layer.router
-
     def route(self, layer: MoeLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         output = layer.router(*args, **kwargs)
         return output[2], output[1]
+
+    def expert_tables(self, layer: MoeLayer) -> list[tuple[nn.Module, str]]:
+        found = [(module, *item) for module in layer.router.modules() for item in module.named_buffers(recurse=False)]
+        return [(module, name) for module, name, t in found if t.dim() == 2 and not t.is_floating_point()]
+
+
+def first_matrix(parameters: dict[str, Tensor]) -> Tensor:
+    """The parameter that the input of an expert is multiplied with."""
+    return parameters["gate_up_proj"] if "gate_up_proj" in parameters else parameters["up_proj"]
 
 
 def read_format(module: nn.Module, parameters: dict[str, Tensor]) -> ExpertFormat:

@@ -24,6 +24,10 @@ NUM_EXPERTS_NAMES = (
     "moe_num_experts",
     "num_routed_experts",
 )
+# Rows of a router with those that belong to no routed expert, and what an experts module accepts as index.
+NUM_ROWS_NAMES = ("n_routed_experts", "total_experts", "n_total_experts", "num_router_classes")
+
+MOST_EXTRA_ROWS = 8  # a router may have up to twice as many rows as experts, and a few more
 
 
 def read_attribute(names: tuple[str, ...], *owners: Any) -> int | None:
@@ -39,6 +43,12 @@ def read_attribute(names: tuple[str, ...], *owners: Any) -> int | None:
     return None
 
 
+def count_passive_rows(router: nn.Module, num_slots: int) -> int:
+    """Rows of a router after those of its experts: identity experts, a slot that skips, shared experts; mostly 0."""
+    rows = sorted({p.shape[0] for p in router.parameters() if p.dim() == 2 and p.shape[0] >= num_slots})
+    return rows[0] - num_slots if rows and rows[0] <= 2 * num_slots + MOST_EXTRA_ROWS else 0
+
+
 def router_score(name: str, module: nn.Module, num_experts: int) -> int:
     """How much a sibling of the experts looks like their router; 3 or more is one."""
     rows = [p.shape[0] for p in module.parameters() if p.dim() == 2]
@@ -47,7 +57,7 @@ def router_score(name: str, module: nn.Module, num_experts: int) -> int:
         score += 2
     if num_experts in rows:
         score += 2
-    elif any(num_experts < r <= 2 * num_experts + 8 for r in rows) and re.search(r"router|gate$|classifier", name):
+    elif any(num_experts < r <= 2 * num_experts + MOST_EXTRA_ROWS for r in rows) and re.search(r"router|gate$|classifier", name):
         score += 1
     if re.search(r"Router|TopK|Gat(e|ing)$", type(module).__name__):
         score += 2

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families.names import NUM_EXPERTS_NAMES
+from ..families.names import NUM_EXPERTS_NAMES, NUM_ROWS_NAMES
 from ..types import MoeLayer
 from .offload import execution_device, fetched, replace_tensor
 
@@ -73,24 +73,26 @@ def can_skip_experts(module: nn.Module) -> bool:
     )
 
 
-def attach_expert_map(experts: nn.Module, num_slots: int, layout: dict[str, Any], index: Tensor | None = None) -> None:
+def attach_expert_map(layer: MoeLayer, layout: dict[str, Any], index: Tensor | None = None) -> None:
     """Give an experts module that already holds M experts its map and the hook that applies it.
 
     Args:
-        experts: The module; its tensors have M entries.
-        num_slots: N.
+        layer: As found in the original model; the tensors of its experts module have M entries now.
         layout: `num_experts`, `has_dropped` and `collapse_duplicates` of the layer.
         index: The map, (N,) int64; None leaves a placeholder for a checkpoint to fill.
     """
-    expert_map = ExpertMap(num_slots, layout["num_experts"], layout["has_dropped"], layout["collapse_duplicates"])
+    experts, num_experts, num_identity = layer.experts, layout["num_experts"], layer.num_identity_slots
+    num_slots = layer.num_slots + num_identity
+    expert_map = ExpertMap(num_slots, num_experts, layout["has_dropped"], layout["collapse_duplicates"])
     if index is not None:
-        expert_map.index.copy_(index)
+        # Identity experts come after the stored ones, as they did before.
+        expert_map.index.copy_(torch.cat([index, torch.arange(num_identity) + num_experts]))
     tensor = next(experts.parameters(), None)
     device = torch.device("meta") if tensor is not None and tensor.is_meta else None
     device = execution_device(experts) if device is None or hasattr(experts, "_hf_hook") else device
     experts.expert_map = expert_map.to(device)
-    if hasattr(experts, "num_experts"):
-        experts.num_experts = layout["num_experts"]
+    rename_counts(experts, layer.num_slots, num_experts)
+    rename_counts(experts, num_slots, num_experts + num_identity, NUM_ROWS_NAMES)
     if (layout["has_dropped"] or layout["collapse_duplicates"]) and hasattr(experts, "_is_expert_parallel"):
         experts._is_expert_parallel = True  # makes the grouped implementation skip index M
     experts.register_forward_pre_hook(map_slots, with_kwargs=True)
@@ -98,8 +100,10 @@ def attach_expert_map(experts: nn.Module, num_slots: int, layout: dict[str, Any]
 
 def shrink_experts(layer: MoeLayer, num_experts: int) -> None:
     """Cut a freshly built layer to its first M experts, on any device (meta included)."""
+    tails = layer.passive_expert_rows
     for name, parameter in layer.expert_parameters.items():
-        replace_tensor(layer.experts, name, parameter[:num_experts].clone())
+        kept = parameter[:num_experts]
+        replace_tensor(layer.experts, name, torch.cat([kept, tails[name]]) if name in tails else kept.clone())
 
 
 def install_mapped(layer: MoeLayer, parameters: dict[str, Tensor], slot_map: Tensor, layout: dict[str, Any]) -> None:
@@ -113,30 +117,58 @@ def install_mapped(layer: MoeLayer, parameters: dict[str, Tensor], slot_map: Ten
     """
     for name, value in parameters.items():
         replace_tensor(layer.experts, name, value)
-    attach_expert_map(layer.experts, layer.num_slots, layout, slot_map)
+    attach_expert_map(layer, layout, slot_map)
 
 
-def install_native(layer: MoeLayer, parameters: dict[str, Tensor], rows: Tensor) -> None:
-    """Replace a layer's experts by M and keep only the router rows `rows` (M,) ascending; in place."""
+def install_native(layer: MoeLayer, parameters: dict[str, Tensor], rows: Tensor, group_of_expert: Tensor) -> None:
+    """Replace a layer's experts by M and cut its router; in place.
+
+    Args:
+        layer: The layer as found in the original model.
+        parameters: New experts in the family's own orientation, dimension 0 = M.
+        rows: The router rows that stay, (M,) int64 ascending.
+        group_of_expert: (N,) int64 in [0, M) for routers that look experts up; others do not read it.
+
+    Raises:
+        ValueError: A table of the router names an expert that was dropped.
+    """
+    num_slots, num_experts, passive = layer.num_slots, rows.numel(), layer.num_passive_rows
+    for module, name in layer.family.expert_tables(layer):
+        with fetched(module):
+            table = group_of_expert.to(getattr(module, name).device)[getattr(module, name).long()]
+        if (table < 0).any():
+            raise ValueError(f"{name} of {layer.router_name!r} names experts that were dropped. Use layout='mapped'.")
+        replace_tensor(module, name, table.to(getattr(module, name).dtype))
     for name, value in parameters.items():
         replace_tensor(layer.experts, name, value)
+    with_passive = torch.cat([rows, torch.arange(num_slots, num_slots + passive)])
     for module in [*layer.router.modules(), layer.block]:
-        select_rows(module, layer.num_slots, rows)
+        select_rows(module, {num_slots: rows, num_slots + passive: with_passive})
     for module in [layer.experts, layer.block, *layer.router.modules()]:
-        rename_counts(module, layer.num_slots, rows.numel())
+        rename_counts(module, num_slots, num_experts)
+        if passive:
+            rename_counts(module, num_slots + passive, num_experts + passive, NUM_ROWS_NAMES)
 
 
-def select_rows(module: nn.Module, num_slots: int, rows: Tensor) -> None:
-    """Keep `rows` of every direct tensor of `module` with one entry per slot: (N, ...) or (1, N)."""
+def select_rows(module: nn.Module, rows_of_size: dict[int, Tensor]) -> None:
+    """Keep rows of every direct tensor of `module` with one entry per slot: (N, ...) or (1, N).
+
+    Args:
+        module: The router, a part of it, or the block around it.
+        rows_of_size: Which rows stay in a tensor with this many.
+    """
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        axis = slot_axis(tensor, num_slots)
-        if axis is not None:
+        for num_slots, rows in rows_of_size.items():
+            axis = slot_axis(tensor, num_slots)
+            if axis is None:
+                continue
             with fetched(module):
                 current = getattr(module, name).detach()
                 kept = current.index_select(axis, rows.to(current.device))
             replace_tensor(module, name, kept)
-    if isinstance(module, nn.Linear) and module.out_features == num_slots:
-        module.out_features = rows.numel()
+            break
+    if isinstance(module, nn.Linear) and module.out_features in rows_of_size:
+        module.out_features = rows_of_size[module.out_features].numel()
 
 
 def slot_axis(tensor: Tensor, num_slots: int) -> int | None:
@@ -148,9 +180,11 @@ def slot_axis(tensor: Tensor, num_slots: int) -> int | None:
     return None
 
 
-def rename_counts(owner: Any, num_slots: int, num_experts: int) -> None:
+def rename_counts(
+    owner: Any, num_slots: int, num_experts: int, names: tuple[str, ...] = NUM_EXPERTS_NAMES
+) -> None:
     """Set every expert count of a module or configuration that equals N to M."""
-    for name in NUM_EXPERTS_NAMES:
+    for name in names:
         try:
             value = getattr(owner, name, None)
         except RuntimeError:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 from ..config import MergedSparseMoeConfig
 from ..families import find_layers
 from .experts import attach_expert_map, shrink_experts
+from .offload import offloaded_state_dict
 
 SHIM_NAME = "modeling_hf_mcsmoe"
 SHIM = '''"""This model needs the package hf_mcsmoe: pip install hf-mcsmoe"""
@@ -70,18 +72,26 @@ class MergedMoeMixin:
             config.auto_map[one.auto_class.__name__] = f"{SHIM_NAME}.{one.__name__}"
         return config
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """`PreTrainedModel.save_pretrained`, with the configuration and the loading shim of the mapped layout."""
-        push_to_hub = kwargs.pop("push_to_hub", False)
-        hub_arguments = ("repo_id", "commit_message", "private", "token", "create_pr", "revision")
+        hub_arguments = ("repo_id", "commit_message", "private", "create_pr", "revision")
         hub = {name: kwargs.pop(name) for name in hub_arguments if name in kwargs and push_to_hub}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        state_dict = offloaded_state_dict(self) if state_dict is None else state_dict
+        super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **kwargs)
         folder = Path(save_directory)
-        if kwargs.get("is_main_process", True) and (folder / "config.json").exists():
+        if is_main_process and (folder / "config.json").exists():
             self.merged_config().save_pretrained(folder)
             (folder / f"{SHIM_NAME}.py").write_text(SHIM, encoding="utf-8")
         if push_to_hub:
-            self.push_to_hub(hub.pop("repo_id", folder.resolve().name), **hub)
+            self.push_to_hub(hub.pop("repo_id", folder.resolve().name), token=kwargs.get("token"), **hub)
 
 
 def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
@@ -103,7 +113,7 @@ def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]
                 "The configuration does not belong to this architecture."
             )
         shrink_experts(candidates[0], layout["num_experts"])
-        attach_expert_map(candidates[0].experts, layout["num_slots"], layout)
+        attach_expert_map(candidates[0], layout)
 
 
 def merged_class(native_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -1,10 +1,15 @@
 """Reading and replacing tensors that Accelerate keeps off the execution device (on the CPU or on disk)."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from accelerate.utils import PrefixedDataset, align_module_device, has_offloaded_params, offload_weight
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, align_module_device, has_offloaded_params
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -41,14 +46,17 @@ def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     """Put `value` (any shape) in the place of the direct parameter or buffer `name`, wherever it is kept.
 
     Call it outside of `fetched`. An offloaded tensor is replaced in its store: on disk a new file is
-    written in the offload folder; checkpoint files are never touched.
+    written in the offload folder; no file that was there before is touched.
     """
+    kept = value.detach()
     is_parameter = name in module._parameters
-    if is_parameter and has_offloaded_params(module):
-        _replace_in_store(module._hf_hook.weights_map, name, value.detach())
-        kept = value.detach().to("meta")
-    else:
-        kept = value.detach()
+    if has_offloaded_params(module):
+        hook = module._hf_hook
+        # The store may hold buffers too, even those that stay on the device.
+        if name in hook.weights_map:
+            _replace_in_store(hook.weights_map, name, kept)
+        if is_parameter or hook.offload_buffers:
+            kept = kept.to("meta")
     if is_parameter:
         requires_grad = module._parameters[name].requires_grad
         module._parameters[name] = nn.Parameter(kept, requires_grad=requires_grad)
@@ -56,16 +64,30 @@ def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = kept
 
 
-def _replace_in_store(store: object, name: str, value: Tensor) -> None:
+def offloaded_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """All tensors of a model, on the CPU, where `save_pretrained` would not find them itself; else None.
+
+    transformers looks for offloaded weights only in models with a device map, and Accelerate's `cpu_offload` and
+    `disk_offload` leave none.
+    """
+    is_offloaded = any(has_offloaded_params(module) for module in model.modules())
+    if not is_offloaded or hasattr(model, "hf_device_map"):
+        return None
+    return get_state_dict_offloaded_model(model)
+
+
+def _replace_in_store(store: Any, name: str, value: Tensor) -> None:
     """Write into the mapping that an Accelerate hook reads its weights from."""
     if isinstance(store, PrefixedDataset):
-        return _replace_in_store(store.dataset, f"{store.prefix}{name}", value)
-    if hasattr(store, "state_dict") and hasattr(store, "index"):  # accelerate's OffloadedWeightsLoader
-        if name in store.index and name not in store.state_dict:
-            store.index[name] = {}  # drops a reference into the original safetensors file
-            offload_weight(value.contiguous(), name, store.save_folder, index=store.index)
-            return None
-        store.state_dict[name] = value.cpu()
-        return None
-    store[name] = value.cpu()
-    return None
+        _replace_in_store(store.dataset, f"{store.prefix}{name}", value)
+    elif not isinstance(store, OffloadedWeightsLoader):
+        store[name] = value.cpu()
+    elif name in store.state_dict or store.save_folder is None:
+        store.state_dict[name] = value.cpu()  # comes before what the index says
+    else:
+        # Its own file: another model may still read the one that the index names, or a checkpoint.
+        handle, path = tempfile.mkstemp(".safetensors", f"{name}.", store.save_folder)
+        os.close(handle)
+        save_file({name: value.cpu().contiguous()}, path)
+        dtype = str(value.dtype).removeprefix("torch.")
+        store.index[name] = {"safetensors_file": path, "weight_name": name, "dtype": dtype}
