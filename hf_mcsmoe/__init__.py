@@ -10,8 +10,10 @@ from .layouts import plan
 from .modeling import (
     MergedSparseMoeForCausalLM,
     MergedSparseMoeForImageTextToText,
+    MergedSparseMoeForMultimodalLM,
     MergedSparseMoeForSeq2SeqLM,
     MergedSparseMoeForSequenceClassification,
+    MergedSparseMoeForTokenClassification,
     MergedSparseMoeModel,
 )
 from .recipe import PRESETS, Recipe
@@ -22,8 +24,10 @@ __all__ = [
     "MergedSparseMoeConfig",
     "MergedSparseMoeForCausalLM",
     "MergedSparseMoeForImageTextToText",
+    "MergedSparseMoeForMultimodalLM",
     "MergedSparseMoeForSeq2SeqLM",
     "MergedSparseMoeForSequenceClassification",
+    "MergedSparseMoeForTokenClassification",
     "MergedSparseMoeModel",
     "Recipe",
     "compress_moe",

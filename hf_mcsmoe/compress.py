@@ -10,22 +10,26 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .allocation import ALLOCATION
 from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import FORMAT_VERSION, MergedSparseMoeConfig
+from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
 from .executors.in_memory import collect_statistics
-from .families import find_layers
-from .layer_compression import compress_layer
+from .families import find_layers, reading_part, tied_layers
+from .layer_compression import compress_layer, follow
 from .layouts import budget_of_layer, check_layout, plan, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
-from .modeling.experts import rename_counts
 from .modeling.merged_model import merged_class
+from .modeling.native_config import adopt_native, counting_parts
 from .modeling.offload import fetched
 from .recipe import PRESETS, Recipe, recipe_from_preset, recipe_from_yaml
 from .saliency import SALIENCY
 from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
+
+logger = logging.get_logger(__name__)
 
 
 def compress_moe(
@@ -76,13 +80,17 @@ def compress_moe(
     recipe = as_recipe(config)
     output = check_output_folder(output_dir, overwrite)
     path = model if isinstance(model, str | Path) else None
+    unpacking = None
     if path is not None:
         config_of_path = read_config(path, trust_remote_code=trust_remote_code)
+        unpacking = dequantizing_config(config_of_path)
         described = empty_model(config_of_path, trust_remote_code=trust_remote_code)
         tokenizer = tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code)
     else:
         described = model
     check_model(described, recipe)
+    if path is None:
+        refuse_quantized(model)
     if output is not None:
         check_free_space(output, plan(described, recipe).total_bytes_after)
     data = load_calibration(
@@ -92,11 +100,17 @@ def compress_moe(
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=recipe.seed,
-        vocab_size=described.get_input_embeddings().num_embeddings,
+        vocab_size=reading_part(described).get_input_embeddings().num_embeddings,
     )
     if path is not None:
-        model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        how = {"quantization_config": unpacking} if unpacking is not None else {}
+        model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **how)
     report = compress_in_memory(model, recipe, data, progress=progress, start=start)
+    if unpacking is not None:
+        forget_unpacking(model)
+        notice = f"The checkpoint was quantized ({method_name(unpacking)}); the result is in {model.dtype}."
+        logger.warning(notice)
+        report.warnings.append(notice)
     if output is not None:
         save_checkpoint(model, report, output, tokenizer=tokenizer, overwrite=overwrite)
     return model
@@ -127,38 +141,37 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
 
     Raises:
         TypeError: Not a model of transformers.
-        ValueError: Quantized, already compressed, or not fit for the recipe.
+        ValueError: Already compressed, or not fit for the recipe.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
             "Merge adapters first (merge_and_unload) if it is a PEFT model."
         )
-    method = getattr(model, "quantization_method", None) or getattr(model.config, "quantization_config", None)
-    if method is not None:
-        raise ValueError(
-            f"The model is quantized ({method}); its packed weights cannot be merged. "
-            "Load it dequantized (bfloat16) and quantize the result."
-        )
     if recipe.decomposition is not None:
         raise ValueError(
             f"decomposition {recipe.decomposition!r} can be planned, but compress_moe cannot run it yet. "
             "Leave decomposition out."
         )
-    check_layout(find_layers(model), recipe, compressing=True, model=model)
+    check_layout(find_layers(model), recipe, model=model)
 
 
 def compress_in_memory(
     model: PreTrainedModel, recipe: Recipe, data: Calibration, *, progress: bool, start: float
 ) -> CompressionReport:
     """Statistics in one pass, then each layer in order. `model` was checked; it is changed in place."""
-    layers, _ = resolve_layers(find_layers(model), recipe)
+    found = find_layers(model)
+    layers, excluded = resolve_layers(found, recipe)
+    first_of_tied = tied_layers(found)
+    tied = {layer: first for layer in found if (first := first_of_tied.get(layer.name)) in layers}
     before = count(model)
     architecture, name_or_path = type(model).__name__, model.config.name_or_path or None
     check_finite(layers)
     needs = recipe.statistics_needed() - {"weights"}
-    statistics, samples = collect_statistics(model, layers, data, needs, seed=recipe.seed, progress=progress)
+    statistics, samples = collect_statistics(model, [*layers, *tied], data, needs, seed=recipe.seed, progress=progress)
+    layers, warnings = leave_unreached(layers, statistics, recipe)
     allotted = allocate(layers, recipe, statistics)
+    paths = counting_parts(model, layers, excluded, allotted[0]) if recipe.layout == "native" else set()
     reports: list[LayerReport] = []
     layouts: dict[str, Any] = {}
     bar = tqdm(layers, desc="merging", unit="layer", disable=not progress, delay=2)
@@ -166,6 +179,9 @@ def compress_in_memory(
         sample = samples.pop(layer.name)
         report, layouts[layer.name] = compress_layer(layer, recipe, statistics[layer.name], num_experts, sample)
         reports.append(report)
+        for other in [other for other, first in tied.items() if first is layer]:
+            follow(other, layer, report, layouts[layer.name], recipe)
+            layouts[other.name] = layouts[layer.name]
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "scipy")}
     versions |= {"hf_mcsmoe": package_version(), "python": platform.python_version()}
     fingerprint = data.fingerprint()
@@ -173,7 +189,9 @@ def compress_in_memory(
         provenance = {"base_model": name_or_path, "calibration": fingerprint, "versions": versions}
         adopt_mapped(model, recipe, layouts, architecture, provenance)
     else:
-        adopt_native(model, layers[0].num_slots, allotted[0])
+        adopt_native(model, layers, paths, allotted[0])
+    if tied:
+        model.tie_weights()
     after = count(model)
     model.compression_report = CompressionReport(
         recipe=recipe.to_dict(),
@@ -187,6 +205,7 @@ def compress_in_memory(
         total_bytes_after=after[1],
         seconds=time.perf_counter() - start,
         versions=versions,
+        warnings=warnings,
     )
     return model.compression_report
 
@@ -198,7 +217,7 @@ def allocate(layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, Layer
         weights = None
         if "weights" in SALIENCY.needs(recipe.saliency):
             with fetched(layer.experts):
-                weights = layer.family.view(layer, layer.expert_parameters)
+                weights = layer.family.view(layer, layer.family.stack(layer, layer.expert_parameters))
                 saliency = SALIENCY[recipe.saliency](statistics[layer.name], weights, **recipe.saliency_options)
         else:
             saliency = SALIENCY[recipe.saliency](statistics[layer.name], weights, **recipe.saliency_options)
@@ -221,22 +240,38 @@ def adopt_mapped(
     model.__class__ = merged_class(type(model))
 
 
-def adopt_native(model: PreTrainedModel, num_slots: int, num_experts: int) -> None:
-    """Write the new number of experts wherever the model and its configurations say the old one."""
-    owners = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
-    for owner in {id(owner): owner for owner in [*owners, *model.modules()] if owner is not None}.values():
-        rename_counts(owner, num_slots, num_experts)
+def leave_unreached(
+    layers: list[MoeLayer], statistics: dict[str, LayerStatistics], recipe: Recipe
+) -> tuple[list[MoeLayer], list[str]]:
+    """The layers that calibration reached, and what to warn of: those for images see no token of a text.
+
+    Raises:
+        ValueError: There are others, and the layout is native, where one M holds for all.
+    """
+    names = [layer.name for layer in layers if layer.name not in statistics]
+    if not names:
+        return layers, []
+    listed = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    if recipe.layout == "native":
+        raise ValueError(
+            f"No calibration token reached {listed}. Give calibration data that uses them (images for vision "
+            "experts), leave them out with exclude_layers, or use layout='mapped', which leaves them as they are."
+        )
+    message = f"No calibration token reached {listed}: left as they are. Give calibration data that uses them."
+    logger.warning(message)
+    return [layer for layer in layers if layer.name in statistics], [message]
 
 
 def check_finite(layers: list[MoeLayer]) -> None:
     """Raise ValueError for NaN or Inf in the experts of a layer, naming layer and expert."""
     for layer in layers:
         with fetched(layer.experts):
-            for name, parameter in layer.expert_parameters.items():
+            for name, parameter in layer.family.stack(layer, layer.expert_parameters).items():
                 finite = torch.isfinite(parameter.detach()).flatten(1).all(dim=1)
                 if not finite.all():
+                    bad = (~finite).nonzero().flatten().tolist()
                     raise ValueError(
-                        f"{name} of {layer.name!r} holds NaN or Inf in expert {(~finite).nonzero().flatten().tolist()}. "
+                        f"{name} of {layer.name!r} holds NaN or Inf in expert {bad}. "
                         "The checkpoint is damaged or was saved in a dtype too narrow for it; get a sound copy."
                     )
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
+import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -94,6 +95,10 @@ class MergedSparseMoeConfig(PreTrainedConfig):
         set_here = [name for name in SHARED_FIELDS if getattr(self, name) != getattr(PreTrainedConfig, name)]
         if host.get("torch_dtype") is not None:  # the old name of dtype
             set_here.append("dtype")
+        if isinstance(self.base_config, dict) and not self.base_config.get("model_type"):
+            # Parts of some models (the talker of Qwen3-Omni) have no model type; only their class knows them.
+            base_class = getattr(transformers, self.base_architecture or "", None)
+            self.base_config = base_class.config_class(**self.base_config) if base_class else self.base_config
         super().__post_init__(**host)
         if self.base_config is None:
             self._refuse_unknown(kwargs, RECIPE_FIELDS)

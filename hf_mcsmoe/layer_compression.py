@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .alignment import ALIGNMENT
-from .executors.in_memory import HeldOutSample
+from .executors.in_memory import HeldOutSample, ignore_passive
 from .grouping import GROUPING
 from .merging import MERGING
 from .modeling.experts import install_mapped, install_native
@@ -41,7 +41,7 @@ def compress_layer(
     before = routed_output(layer, sample)
     parameters_before, bytes_before = layer.parameters_per_expert, layer.bytes_per_expert
     with fetched(layer.experts):
-        old = {name: p.detach() for name, p in layer.expert_parameters.items()}
+        old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         weights = layer.family.view(layer, old)
         groups = group_experts(layer, recipe, statistics, weights, num_experts)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
@@ -82,6 +82,18 @@ def compress_layer(
         usage_frequency=statistics.usage_frequency.tolist(),
     )
     return report, layout
+
+
+def follow(layer: MoeLayer, first: MoeLayer, report: LayerReport, layout: dict[str, Any], recipe: Recipe) -> None:
+    """Make of a layer what became of `first`, whose experts it shares; `report` and `layout` are those of `first`."""
+    shared = {name: first.experts.get_parameter(name).detach() for name in layer.expert_parameters}
+    new = first.family.stack(first, shared)
+    groups = ExpertGroups(torch.tensor(report.group_of_expert), torch.tensor(report.dominant_of_group))
+    routing = ROUTING[recipe.layout](groups)
+    if routing.slot_map is not None:
+        install_mapped(layer, new, routing.slot_map, layout)
+    else:
+        install_native(layer, new, routing.rows, groups.group_of_expert)
 
 
 def group_experts(
@@ -136,10 +148,11 @@ def routed_output(layer: MoeLayer, sample: HeldOutSample, reroute: bool = False)
     outputs = []
     for position, (hidden_states, index, weights) in enumerate(sample.experts_inputs):
         if reroute:
-            with fetched(layer.block):
-                args, kwargs = sample.router_calls[position]
-                index, weights = layer.family.route(layer, *resolve(layer.block, args, kwargs))
-        outputs.append(layer.experts(hidden_states, index, weights))
+            is_beyond = (weights == 0).all(-1, keepdim=True) & layer.family.has_capacity
+            index, weights = layer.family.route(layer, *sample.router_call(position, layer.block))
+            index, weights = ignore_passive(index, weights, layer.family.stored_experts(layer))
+            weights = weights.masked_fill(is_beyond, 0)
+        outputs.append(layer.family.run_experts(layer, hidden_states, index, weights))
     return outputs
 
 
@@ -156,7 +169,8 @@ def duplicate_share(groups: ExpertGroups, sample: HeldOutSample) -> float | None
     if sample.is_empty:
         return None
     slots = torch.cat([index.cpu() for _, index, _ in sample.experts_inputs])
-    experts = groups.group_of_expert[slots]
+    weights = torch.cat([weights.cpu() for _, _, weights in sample.experts_inputs])
+    experts = groups.group_of_expert[slots].masked_fill(weights == 0, -1)
     same = (experts[:, :, None] == experts[:, None, :]) & (experts >= 0)[:, None, :]
     return same.tril(-1).any(-1).double().mean().item()
 

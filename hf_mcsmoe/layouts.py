@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .allocation import ALLOCATION
-from .families import find_layers
+from .families import find_layers, reason_against, tied_layers
 from .loading import empty_model, read_config
+from .modeling.native_config import check_native, counting_parts
 from .recipe import Recipe
 from .registry import closest
 from .sizes import INDEX_BYTES, Sizes, expert_size, expert_sizes, measure, router_sizes
@@ -63,6 +64,8 @@ class ModelPlan:
 def resolve_layers(layers: Sequence[MoeLayer], recipe: Recipe) -> tuple[list[MoeLayer], list[MoeLayer]]:
     """(layers to compress, excluded layers), both in the order of the model.
 
+    Layers that share their experts with an earlier one are in neither: what becomes of that becomes of them.
+
     Raises:
         ValueError: An entry of `exclude_layers` matches no layer, or all layers are excluded.
         TypeError: An entry is neither a position nor a pattern.
@@ -94,8 +97,9 @@ def resolve_layers(layers: Sequence[MoeLayer], recipe: Recipe) -> tuple[list[Moe
             f"exclude_layers {list(recipe.exclude_layers)} leaves none of the {len(names)} MoE layers to compress. "
             "Exclude fewer."
         )
-    kept = [layer for position, layer in enumerate(layers) if position not in excluded]
-    return kept, [layer for position, layer in enumerate(layers) if position in excluded]
+    tied = tied_layers(layers)
+    kept = [layer for place, layer in enumerate(layers) if place not in excluded and layer.name not in tied]
+    return kept, [layer for place, layer in enumerate(layers) if place in excluded and layer.name not in tied]
 
 
 def budget_of_layer(layers: Sequence[MoeLayer], recipe: Recipe) -> list[int]:
@@ -103,15 +107,12 @@ def budget_of_layer(layers: Sequence[MoeLayer], recipe: Recipe) -> list[int]:
     return [recipe.experts_per_layer(layer.num_slots) for layer in layers]
 
 
-def check_layout(
-    layers: Sequence[MoeLayer], recipe: Recipe, *, compressing: bool, model: nn.Module | None = None
-) -> None:
+def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module | None = None) -> None:
     """Refuse what a recipe cannot make of a model, before any work.
 
     Args:
         layers: All MoE layers of the model.
         recipe: What is asked.
-        compressing: Whether the result is to be built; False where it is only planned.
         model: The model the layers belong to, for its name and configuration.
 
     Raises:
@@ -120,6 +121,9 @@ def check_layout(
         TypeError: An entry of `exclude_layers` is of a wrong type.
     """
     named = "The model" if model is None else type(model).__name__
+    reason = reason_against(model) if model is not None and not layers else None
+    if reason is not None:
+        raise ValueError(f"{named} cannot be compressed: {reason}. Choose another model.")
     if not layers:
         raise ValueError(
             f"{named} has no MoE layer that hf_mcsmoe knows: it is dense, or stores its routed experts in a way "
@@ -130,32 +134,32 @@ def check_layout(
         layer.num_experts != layer.num_slots or hasattr(layer.experts, "expert_map") for layer in layers
     ):
         raise ValueError(f"{named} is already compressed (mapped layout). Start from the original model instead.")
-    if len({id(tensor) for layer in layers for tensor in layer.expert_parameters.values()}) < sum(
-        len(layer.expert_parameters) for layer in layers
-    ):
-        raise ValueError(f"{named} ties experts of several layers to each other. Such a model is not supported.")
-    kept, _ = resolve_layers(layers, recipe)
+    tied = tied_layers(layers)
+    tensors = [id(p) for layer in layers if layer.name not in tied for p in layer.expert_parameters.values()]
+    if len(set(tensors)) < len(tensors):
+        raise ValueError(f"{named} ties some matrices of experts, not all. Such a model is not supported.")
+    kept, excluded = resolve_layers(layers, recipe)
     for layer in kept:
-        _check_family(layer, recipe, compressing)
+        _check_family(layer, recipe)
     budgets = budget_of_layer(kept, recipe)
     for layer, budget in zip(kept, budgets, strict=True):
         _check_budget(layer, budget, recipe)
     if recipe.layout == "native":
-        _check_native(kept, budgets)
+        check_native(kept, budgets, recipe)
+        if model is not None:
+            counting_parts(model, kept, excluded, budgets[0])
     # The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give.
     equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in kept]
     ALLOCATION[recipe.allocation](equal, budgets, **recipe.allocation_options)
 
 
-def _check_family(layer: MoeLayer, recipe: Recipe, compressing: bool) -> None:
-    layouts = layer.family.layouts
-    if compressing and not layouts:
+def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
+    layouts, reason = layer.family.layouts, layer.family.not_native_because
+    if recipe.layout not in layouts:
         raise ValueError(
-            f"The experts of {layer.name!r} are separate modules ({type(layer.experts).__name__}): they can be "
-            "inspected and planned, but not compressed yet. Choose a model whose experts are stacked parameters."
+            f"layout {recipe.layout!r} is not possible for {layer.name!r}{f': {reason}' if reason else ''}. "
+            f"Use one of {list(layouts)}."
         )
-    if layouts and recipe.layout not in layouts:
-        raise ValueError(f"layout {recipe.layout!r} is not possible for {layer.name!r}. Use one of {list(layouts)}.")
 
 
 def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
@@ -171,35 +175,6 @@ def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
             f"rank is {recipe.rank}, but the matrices of {layer.name!r} are {layer.intermediate_size} x "
             f"{layer.hidden_size}. Use a rank of at most {limit}, well below it to save anything."
         )
-
-
-def _check_native(layers: list[MoeLayer], budgets: list[int]) -> None:
-    """The native layout needs one M for all layers, a router that can be cut, and k choices left in its groups."""
-    first = layers[0]
-    odd = [f"{layer.name!r} ({layer.num_slots})" for layer in layers if layer.num_slots != first.num_slots]
-    if odd:
-        raise ValueError(
-            f"layout 'native' needs the same number of experts in all layers, but {first.name!r} has "
-            f"{first.num_slots} and {', '.join(odd[:5])} differ. Use layout='mapped'."
-        )
-    for layer, budget in zip(layers, budgets, strict=True):
-        groups, slots = layer.num_router_groups, layer.num_slots
-        least = groups * layer.experts_per_group
-        if budget < least or budget % groups:
-            allowed = range(-(-least // groups) * groups, slots + 1, groups)
-            below = [value for value in allowed if value < budget][-1:]
-            above = [value for value in allowed if value > budget][:1]
-            in_groups = f" in {groups} groups of which each keeps the same number" if groups > 1 else ""
-            raise ValueError(
-                f"num_experts is {budget}, but in layout 'native' the router of {layer.name!r} picks {layer.top_k} of "
-                f"{slots} experts{in_groups}: at least {least}{f', a multiple of {groups}' if groups > 1 else ''}. "
-                f"Use {' or '.join(map(str, below + above))}, or layout='mapped'."
-            )
-        if not any(p.dim() == 2 and p.shape[0] == slots for p in layer.router.parameters()):
-            raise ValueError(
-                f"layout 'native' cannot cut the router of {layer.name!r}: none of its matrices has {slots} rows. "
-                "Use layout='mapped'."
-            )
 
 
 def plan(
@@ -224,12 +199,16 @@ def plan(
         config = read_config(model, trust_remote_code=trust_remote_code)
         model = empty_model(config, trust_remote_code=trust_remote_code)
     layers = find_layers(model)
-    check_layout(layers, recipe, compressing=False, model=model)
+    check_layout(layers, recipe, model=model)
     kept, _ = resolve_layers(layers, recipe)
     budgets = dict(zip((layer.name for layer in kept), budget_of_layer(kept, recipe), strict=True))
     before = after = measure(model, layers)
     layer_plans = []
+    tied = tied_layers(layers)
     for layer in layers:
+        if layer.name in tied:
+            after += _tied_change(layer, budgets.get(tied[layer.name].name), recipe)
+            continue
         old = expert_sizes(layer, layer.num_experts, expert_size(layer))
         num_experts = budgets.get(layer.name, layer.num_experts)
         new = old if layer.name not in budgets else _layer_after(layer, num_experts, recipe)
@@ -266,10 +245,20 @@ def _layer_after(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     return expert_sizes(layer, num_experts, expert_size(layer, decomposed_by))
 
 
+def _tied_change(layer: MoeLayer, num_experts: int | None, recipe: Recipe) -> Sizes:
+    """What changes in a layer that shares its experts: what a token uses, and the map of its own."""
+    if num_experts is None:
+        return Sizes(0, 0, 0, 0, 0, 0)
+    old, new = expert_sizes(layer, layer.num_experts, expert_size(layer)), _layer_after(layer, num_experts, recipe)
+    active, flops = new.active_parameters - old.active_parameters, new.flops_per_token - old.flops_per_token
+    change = Sizes(0, active, 0, 0, 0, flops)
+    return change if recipe.layout == "native" else change + _routing_change(layer, num_experts, recipe)
+
+
 def _routing_change(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     if recipe.layout == "native":
         return router_sizes(layer, num_experts) - router_sizes(layer, layer.num_slots)
-    return Sizes(0, 0, 0, layer.num_slots * INDEX_BYTES, 0, 0)
+    return Sizes(0, 0, 0, (layer.num_slots + layer.num_identity_slots) * INDEX_BYTES, 0, 0)
 
 
 def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_plans: list[LayerPlan]) -> list[str]:
@@ -290,8 +279,6 @@ def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_p
             notes.append("Experts differ in size between layers, so the totals are estimates.")
     if any(layer.expert_bytes_after > layer.expert_bytes_before for layer in layer_plans):
         notes.append(f"rank {recipe.rank} and keep_rows {recipe.keep_rows} store more than the experts they replace.")
-    if not all(layer.family.layouts for layer in kept):
-        notes.append("Experts that are separate modules can be planned, but not compressed yet.")
     if getattr(model.config, "is_encoder_decoder", False):
         notes.append("Active parameters and FLOPs are those of one source and one target token together.")
     if getattr(model.config, "quantization_config", None) is not None:

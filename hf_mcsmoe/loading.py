@@ -14,8 +14,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -34,6 +36,8 @@ AUTO_CLASSES = (
     AutoModelForImageTextToText,
     AutoModel,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForMultimodalLM,
 )
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -240,7 +244,9 @@ def load_model(
     config = read_config(path, trust_remote_code=trust_remote_code)
     path = Path(path).expanduser() if Path(path).expanduser().exists() else str(path)
     remote_class = _remote_class_of(config) if trust_remote_code else None
-    loader = remote_class or auto_class_of(config) or native_class(config)
+    loader = remote_class or auto_class_of(config)
+    if loader is None:  # a part of a larger model: `AutoModel` knows what was compressed, but not the original
+        loader = AutoModel if config.model_type == MERGED_MODEL_TYPE else native_class(config)
     # Class models know no trust_remote_code; only what needs it may get it.
     kwargs.update({"trust_remote_code": True} if remote_class is not None else {})
     return loader.from_pretrained(path, dtype=dtype, device_map=device_map, **kwargs)

@@ -136,7 +136,8 @@ class Recipe:
                 f"allocation is {self.allocation!r}, but layout 'native' needs the same number of experts in all "
                 "layers. Use allocation='uniform' or layout='mapped'."
             )
-        if self.layout == "native" and self.exclude_layers:
+        # A pattern may name the layers of another part of the model, whose configuration has a number of its own.
+        if self.layout == "native" and not all(isinstance(entry, str) for entry in self.exclude_layers):
             raise ValueError(
                 f"exclude_layers is {list(self.exclude_layers)}, but layout 'native' needs the same number of experts "
                 "in all layers. Use layout='mapped'."

@@ -69,6 +69,8 @@ def measure(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Sizes:
         is_new = experts.intersection(map(id, layer.expert_parameters.values()))
         experts -= is_new
         rest += sizes if is_new else Sizes(0, sizes.active_parameters, 0, 0, 0, sizes.flops_per_token)
+        for rows in layer.passive_expert_rows.values() if is_new else ():
+            rest += Sizes(rows.numel(), 0, 0, rows.numel() * rows.element_size(), 0, 0)
     return rest
 
 
@@ -124,13 +126,18 @@ def expert_sizes(layer: MoeLayer, num_experts: int, expert: ExpertSize) -> Sizes
 
 
 def router_sizes(layer: MoeLayer, num_slots: int) -> Sizes:
-    """What the entries of `num_slots` slots add to the sizes of the model: router rows, biases, scales."""
+    """What the entries of `num_slots` slots add to the sizes of the model: router rows, biases, scales.
+
+    Rows of the router that belong to no routed expert are left out: they stay whatever becomes of the others.
+    """
     block = {name: tensor for name, tensor in layer.block.state_dict(keep_vars=True).items() if "." not in name}
     total = Sizes(0, 0, 0, 0, 0, 0)
     for tensor in [*layer.router.state_dict(keep_vars=True).values(), *block.values()]:
-        if slot_axis(tensor, layer.num_slots) is None:
+        sizes = (layer.num_slots, layer.num_slots + layer.num_passive_rows)
+        rows = next((rows for rows in sizes if slot_axis(tensor, rows) is not None), None)
+        if rows is None:
             continue
-        entries = tensor.numel() // layer.num_slots * num_slots
+        entries = tensor.numel() // rows * num_slots
         parameters = entries if isinstance(tensor, nn.Parameter) else 0
         flops = 2 * parameters if tensor.dim() >= 2 else 0
         total += Sizes(parameters, parameters, 0, entries * tensor.element_size(), 0, flops)

@@ -69,6 +69,11 @@ class StatisticsAccumulator:
         for name, value in other.sums.items():
             self._add(name, value)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen so far."""
+        return int(self.sums.get("num_tokens", 0))
+
     def finish(self, layer: str) -> LayerStatistics:
         """The sums as a value on the CPU.
 

@@ -136,7 +136,8 @@ class MoeLayer:
     def bytes_per_expert(self) -> int:
         """Bytes that one expert takes in its present dtype."""
         size = sum(p.numel() * p.element_size() for p in self.expert_parameters.values())
-        return (size - sum(r.numel() * r.element_size() for r in self.passive_expert_rows.values())) // self.num_experts
+        passive = sum(rows.numel() * rows.element_size() for rows in self.passive_expert_rows.values())
+        return (size - passive) // self.num_experts
 
 
 @dataclass(frozen=True, eq=False)

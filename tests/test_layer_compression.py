@@ -1,14 +1,15 @@
 """One layer on bare tensors: group, align, merge; against the paper's formula written out slowly."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import nn
 from torch.nn.functional import relu, silu
 
 from hf_mcsmoe.executors.in_memory import HeldOutSample
+from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.grouping.dominant_experts import group_around_dominant_experts
 from hf_mcsmoe.layer_compression import (
     WORTH_COLLAPSING,
@@ -328,19 +329,17 @@ def test_relative_error_is_the_changed_share_of_the_energy():
     assert relative_error([torch.zeros(1, 2)], [torch.ones(1, 2)]) is None
 
 
+@torch.no_grad()
 def test_outputs_are_those_of_the_sampled_choice_or_of_the_router_asked_again():
-    def experts(hidden_states, index, weights):
-        return hidden_states * (weights * (index + 1)).sum(-1, keepdim=True)
-
-    def route(layer, hidden_states, *, factor):
-        assert layer is stub
-        return torch.full((len(hidden_states), 1), 2), torch.full((len(hidden_states), 1), factor)
-
-    stub = SimpleNamespace(experts=experts, family=SimpleNamespace(route=lambda layer, a, k: route(layer, *a, **k)))
-    sample = sample_of([[0, 1]])
-    sample.router_calls.append(((torch.ones(1, 2),), {"factor": 0.5}))
-    assert routed_output(stub, sample)[0].tolist() == [[3.0, 3.0]]  # 1 * 1 + 1 * 2
-    assert routed_output(stub, sample, reroute=True)[0].tolist() == [[1.5, 1.5]]  # 0.5 * 3
+    layer = find_layers(tiny_model("mixtral"))[0]
+    hidden_states = torch.randn(5, layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    whole_block = layer.block(hidden_states[None])[0]
+    _, weights, index = layer.router(hidden_states)
+    sample = HeldOutSample([(hidden_states, index, weights)], [((hidden_states,), {})])
+    torch.testing.assert_close(routed_output(layer, sample)[0], whole_block)
+    sample.experts_inputs[0] = (hidden_states, (index + 1) % layer.num_slots, weights)  # another choice
+    assert (routed_output(layer, sample)[0] - whole_block).abs().max() > 1e-3
+    torch.testing.assert_close(routed_output(layer, sample, reroute=True)[0], whole_block)
 
 
 @pytest.mark.parametrize(

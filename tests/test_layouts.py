@@ -169,7 +169,7 @@ def test_keeping_everything_changes_nothing_but_the_map():
 
 def test_notes_say_what_the_numbers_leave_open():
     notes = " ".join(plan(tiny_config("switch_transformers"), Recipe(keep=0.5)).notes)
-    for text in ("upper bounds", "'global_usage' spends 16 experts on 4 layers", "not compressed yet", "one source"):
+    for text in ("upper bounds", "'global_usage' spends 16 experts on 4 layers", "one source"):
         assert text in notes
     assert plan(tiny_config("mixtral"), Recipe(layout="native")).notes == []
     quantized = tiny_config("gpt_oss", quantization_config={"quant_method": "mxfp4"})
@@ -224,12 +224,12 @@ def test_layers_that_are_not_there_cannot_be_excluded(layers, entry, error, mess
         resolve_layers(layers, Recipe(exclude_layers=(entry,)))
 
 
-def refused(config_or_layers, message, compressing=True, **recipe):
+def refused(config_or_layers, message, **recipe):
     layers = config_or_layers
     if not isinstance(layers, list):
         layers = find_layers(empty_model(config_or_layers))
     with pytest.raises(ValueError, match=message):
-        check_layout(layers, Recipe(**recipe), compressing=compressing)
+        check_layout(layers, Recipe(**recipe))
 
 
 def test_a_dense_model_is_refused():
@@ -250,16 +250,13 @@ def test_an_already_compressed_model_is_refused(layers):
 def test_tied_experts_are_refused():
     model = empty_model(tiny_config("qwen3_moe"))
     model.model.layers[2].mlp.experts.down_proj = model.model.layers[0].mlp.experts.down_proj
-    refused(find_layers(model), "ties experts of several layers")
+    refused(find_layers(model), "ties some matrices of experts, not all")
 
 
-def test_experts_in_separate_modules_can_be_planned_only():
-    config = tiny_config("switch_transformers")
-    refused(
-        config,
-        "separate modules .SwitchTransformersExperts.: they can be inspected and planned, but not compressed yet",
-    )
-    check_layout(find_layers(empty_model(config)), Recipe(), compressing=False)
+def test_experts_in_separate_modules_have_both_layouts():
+    layers = find_layers(empty_model(tiny_config("switch_transformers")))
+    check_layout(layers, Recipe())
+    check_layout(layers, Recipe(layout="native"))
 
 
 def test_a_layout_that_the_family_has_not_is_refused(layers):
@@ -277,8 +274,8 @@ def test_more_experts_than_there_are_is_refused(layers, layout):
 
 def test_a_native_router_needs_k_experts(layers):
     refused(layers, r"picks 2 of 8 experts: at least 2. Use 2, or layout='mapped'", num_experts=1, layout="native")
-    check_layout(layers, Recipe(num_experts=2, layout="native"), compressing=True)
-    check_layout(layers, Recipe(num_experts=1), compressing=True)
+    check_layout(layers, Recipe(num_experts=2, layout="native"))
+    check_layout(layers, Recipe(num_experts=1))
 
 
 @pytest.mark.parametrize("num_experts, remedy", [(2, "Use 4"), (5, "Use 4 or 6"), (7, "Use 6 or 8")])

@@ -74,7 +74,6 @@ QUICK = {
     (keep_on_disk, "gemma4_text"),
     (dispatch, "qwen3_moe"),
     (load_with_map, "gpt_oss"),
-    (load_automatically, "gemma4_text"),
     (load_automatically, "deepseek_v3"),
 }
 CASES = [

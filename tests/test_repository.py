@@ -25,6 +25,10 @@ def tree(source):
     return ast.parse(source.read_text(encoding="utf-8"))
 
 
+def num_lines(path):
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
 def body_without_docstring(function):
     return function.body[1:] if ast.get_docstring(function) is not None else function.body
 
@@ -47,12 +51,12 @@ def test_the_package_is_found():
 
 
 def test_no_file_is_longer_than_300_lines(source):
-    assert len(source.read_text(encoding="utf-8").splitlines()) <= 300
+    assert num_lines(source) <= 300
 
 
 @pytest.mark.parametrize("path", TESTS, ids=name_of)
 def test_no_test_file_is_longer_than_400_lines(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    assert num_lines(path) <= 400
 
 
 def test_no_function_is_longer_than_50_lines_without_its_docstring(tree):

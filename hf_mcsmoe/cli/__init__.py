@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from .compress import compress_command
 from .demo import demo_command
 from .evaluate import evaluate_command
+from .families import families_command
 from .inspect import inspect_command
 from .plan import plan_command
 
@@ -65,6 +66,7 @@ def main(
 
 
 app.command("demo")(demo_command)
+app.command("families")(families_command)
 app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("compress")(compress_command)

@@ -63,7 +63,7 @@ def layouts_of(model: "PreTrainedModel", layers: "list[MoeLayer]") -> tuple[list
     possible, refusals = [], {}
     for layout in LAYOUTS:
         try:
-            check_layout(layers, Recipe(keep=1.0, layout=layout), compressing=True, model=model)
+            check_layout(layers, Recipe(keep=1.0, layout=layout), model=model)
             possible.append(layout)
         except ValueError as error:
             refusals[layout] = str(error)

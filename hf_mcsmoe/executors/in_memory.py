@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration, CalibrationBatch
+from ..families import forward_call, reading_part, tied_layers
 from ..modeling.offload import execution_device
 from ..statistics import StatisticsAccumulator
 from ..types import LayerStatistics, MoeLayer
+from .decoder_inputs import decoder_mask, decoder_modules, with_decoder_inputs
 
 HELD_OUT_TOKENS = 512  # per layer: (D + k) numbers each
 
@@ -32,12 +35,34 @@ class HeldOutSample:
         """No held-out token was seen."""
         return not self.experts_inputs
 
+    def router_call(self, position: int, block: nn.Module) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of one call of the router; tensors that `block` owns are those that it has now."""
+        args, kwargs = self.router_calls[position]
+        with align_module_device(block):
+            now = tuple(getattr(block, v.name) if isinstance(v, TensorOfBlock) else v for v in args)
+            named = {n: getattr(block, v.name) if isinstance(v, TensorOfBlock) else v for n, v in kwargs.items()}
+        return now, named
+
+
+@dataclass(frozen=True)
+class TensorOfBlock:
+    """Stands for an argument of a router that its parent keeps, such as a correction bias."""
+
+    name: str
+
+
+def ignore_passive(index: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """`index` and `weights` (T, k) in which slots of no routed expert (index >= num_experts) have weight 0."""
+    passive = index >= num_experts
+    return index.masked_fill(passive, 0), weights.masked_fill(passive, 0)
+
 
 class LayerObserver:
     """Hooks of one layer that feed its accumulator, or its sample while a batch is held out."""
 
-    def __init__(self, layer: MoeLayer, needs: frozenset[str]):
+    def __init__(self, layer: MoeLayer, needs: frozenset[str], in_decoder: bool = False):
         self.layer = layer
+        self.in_decoder = in_decoder  # of an encoder-decoder: its tokens are the decoder's
         self.accumulator = StatisticsAccumulator(layer.num_slots, needs)
         self.sample = HeldOutSample()
         self.token_mask: Tensor | None = None
@@ -47,11 +72,14 @@ class LayerObserver:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Within the context the layer reports to this observer."""
-        experts, router = self.layer.experts, self.layer.router
-        handles = [experts.register_forward_pre_hook(self._on_experts, with_kwargs=True)]
-        handles.append(router.register_forward_pre_hook(self._on_router, with_kwargs=True))
+        experts, router, family = self.layer.experts, self.layer.router, self.layer.family
+        handles = [router.register_forward_pre_hook(self._on_router, with_kwargs=True)]
         if "logit_gram" in self.accumulator.needs:
-            handles.append(self.layer.family.logits_module(self.layer).register_forward_hook(self._on_logits))
+            handles.append(family.logits_module(self.layer).register_forward_hook(self._on_logits))
+        if family.observes_router:  # after the hook on the logits, which may be of the same module
+            handles.append(router.register_forward_hook(self._on_router_output))
+        else:
+            handles.append(experts.register_forward_pre_hook(self._on_experts, with_kwargs=True))
         try:
             yield
         finally:
@@ -59,35 +87,63 @@ class LayerObserver:
                 handle.remove()
 
     def _on_logits(self, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ARG002
-        logits = output[0] if isinstance(output, tuple) else output
-        self._logits = logits.reshape(-1, logits.shape[-1])
+        logits = self.layer.family.logits(output)
+        self._logits = logits.reshape(-1, logits.shape[-1])[:, : self.layer.num_slots]
 
     def _on_router(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         if self.sampled_tokens is not None:
-            taken = [self._take(value) for value in args]
-            self.sample.router_calls.append((tuple(taken), {name: self._take(v) for name, v in kwargs.items()}))
+            hidden_states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            tokens = hidden_states.shape[:-1].numel()
+            taken = [self._take(value, tokens) for value in args]
+            self.sample.router_calls.append((tuple(taken), {n: self._take(v, tokens) for n, v in kwargs.items()}))
 
-    def _take(self, value: Any) -> Any:
-        """Rows of a router argument that belong to the sampled tokens; anything else as it is."""
-        tokens = self.token_mask.numel()
-        if not isinstance(value, Tensor) or value.numel() < tokens:
+    def _take(self, value: Any, tokens: int) -> Any:
+        """The sampled rows of a router argument, as one batch row of tokens; anything else as it is."""
+        if not isinstance(value, Tensor):
             return value
-        if value.dim() >= 2 and tokens in (value.shape[:-1].numel(), value.numel()):  # hidden states, or token ids
-            rows = value.detach().reshape(tokens, -1) if value.numel() != tokens else value.reshape(tokens)
-            return rows[self.sampled_tokens.to(value.device)]
-        return value
+        for name, tensor in [*self.layer.block._parameters.items(), *self.layer.block._buffers.items()]:
+            if tensor is value:
+                return TensorOfBlock(name)
+        if value.dim() < 2 or tokens not in (value.shape[:-1].numel(), value.numel()):
+            return value
+        # Hidden states (B, S, D) or (T, D), or token ids (B, S); some routers accept only the shape they are given.
+        per_token = value.detach().reshape(tokens, *([] if value.numel() == tokens else [-1]))
+        rows = per_token[self._sampled(tokens).to(value.device)]
+        return rows if per_token.dim() == value.dim() else rows[None]
+
+    def _counted(self, tokens: int) -> Tensor:
+        """Which of the tokens that the layer was given count, (tokens,) bool."""
+        if tokens == self.token_mask.numel():
+            return self.token_mask
+        # Images, canvases, one modality of several: real tokens only, unless padding was left in.
+        if self.token_mask.all() or tokens == self.token_mask.sum():
+            return self.token_mask.new_ones(tokens)
+        raise ValueError(
+            f"{self.layer.name!r} was given {tokens} tokens for a batch of {self.token_mask.numel()}. "
+            "Its tokens cannot be matched with the padding mask; give calibration rows of one length, unpadded."
+        )
+
+    def _sampled(self, tokens: int) -> Tensor:
+        """Positions of the held-out tokens to keep."""
+        if tokens == self.token_mask.numel():
+            return self.sampled_tokens
+        counted = self._counted(tokens).nonzero().flatten()
+        return counted[: self.sampled_tokens.numel()]
 
     def _on_experts(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        hidden_states, index, weights = self.layer.family.routed_inputs(args, kwargs)
-        if index.shape[0] != self.token_mask.numel():
-            raise ValueError(
-                f"{self.layer.name!r} was given {index.shape[0]} tokens for a batch of {self.token_mask.numel()}. "
-                "Its tokens cannot be matched with the padding mask; give calibration rows of one length, unpadded."
-            )
+        self._record(*self.layer.family.routed_inputs(args, kwargs))
+
+    def _on_router_output(self, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ARG002
+        self._record(*self.layer.family.routed_by_router(self.layer, args, output))
+
+    def _record(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
+        tokens = index.shape[0]
+        counted = self._counted(tokens)
         if self.sampled_tokens is None:
-            self.accumulator.update(index, weights, self.token_mask, self._logits)
+            self.accumulator.update(index, weights, counted, self._logits)
         else:
-            rows = self.sampled_tokens.to(index.device)
+            rows = self._sampled(tokens).to(index.device)
+            index, weights = ignore_passive(index, weights, self.layer.num_slots)
             self.sample.experts_inputs.append((hidden_states.detach()[rows], index[rows], weights.detach()[rows]))
         self._logits = None
 
@@ -104,6 +160,8 @@ def collect_statistics(
 ) -> tuple[dict[str, LayerStatistics], dict[str, HeldOutSample]]:
     """Run the model once over the calibration data.
 
+    An encoder-decoder also needs target tokens: see `with_decoder_inputs`. Padding of either side does not count.
+
     Args:
         model: In any device map; its mode is restored.
         layers: The layers to watch.
@@ -113,13 +171,14 @@ def collect_statistics(
         progress: Show a progress bar.
 
     Returns:
-        Statistics and held-out sample of each layer, by its name. Memory: O(N^2) a layer and
-        `HELD_OUT_TOKENS` rows of D numbers.
+        Statistics and held-out sample by the name of the layer; without the layers that no token reached, such as
+        those for images. Memory: O(N^2) a layer and `HELD_OUT_TOKENS` rows of D numbers.
 
     Raises:
-        ValueError: A layer saw no token, or its sums are NaN or Inf.
+        ValueError: No layer saw a token, or the sums of one are NaN or Inf.
     """
-    observers = [LayerObserver(layer, needs) for layer in layers]
+    in_decoder = decoder_modules(model)
+    observers = [LayerObserver(layer, needs, layer.experts in in_decoder) for layer in layers]
     generator = torch.Generator().manual_seed(seed)
     num_held_out = sum(batch.held_out for batch in calibration.batches)
     was_training = model.training
@@ -130,13 +189,29 @@ def collect_statistics(
                 stack.enter_context(observer.attached())
             for batch in tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2):
                 limit = math.ceil(HELD_OUT_TOKENS / num_held_out) if batch.held_out else None
+                batch = with_decoder_inputs(batch, model)
                 announce(observers, batch, limit, generator, input_device(model))
                 inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
-                model(**inputs, **cheap_forward(model))
+                called, inputs = forward_call(model, inputs)
+                called(**inputs, **cheap_forward(called))
     finally:
         model.train(was_training)
-    statistics = {o.layer.name: o.accumulator.finish(o.layer.name) for o in observers}
+    observers = join_tied(observers)
+    reached = [o for o in observers if o.accumulator.num_tokens > 0] or observers[:1]
+    statistics = {o.layer.name: o.accumulator.finish(o.layer.name) for o in reached}
     return statistics, {o.layer.name: o.sample for o in observers}
+
+
+def join_tied(observers: list[LayerObserver]) -> list[LayerObserver]:
+    """The observers of layers with experts of their own, which also get what those saw that share them."""
+    by_name = {observer.layer.name: observer for observer in observers}
+    tied = tied_layers([observer.layer for observer in observers])
+    for name, first in tied.items():
+        one, other = by_name[first.name], by_name[name]
+        one.accumulator.add(other.accumulator)
+        one.sample.experts_inputs += other.sample.experts_inputs
+        one.sample.router_calls += other.sample.router_calls
+    return [observer for observer in observers if observer.layer.name not in tied]
 
 
 def announce(
@@ -147,14 +222,18 @@ def announce(
     device: torch.device,
 ) -> None:
     """Tell the observers which tokens of the coming batch count; with `limit`, which held-out ones to sample."""
-    mask = batch.token_mask.flatten()
-    sampled = None
-    if limit is not None:
-        real = mask.nonzero().flatten()
-        sampled = real[torch.randperm(real.numel(), generator=generator)[:limit]].sort().values.to(device)
-    for observer in observers:
-        observer.token_mask = mask.to(device)
-        observer.sampled_tokens = sampled
+    for in_decoder in (False, True):
+        watching = [observer for observer in observers if observer.in_decoder == in_decoder]
+        if not watching:
+            continue
+        mask = (decoder_mask(batch) if in_decoder else batch.token_mask).flatten()
+        sampled = None
+        if limit is not None:
+            real = mask.nonzero().flatten()
+            sampled = real[torch.randperm(real.numel(), generator=generator)[:limit]].sort().values.to(device)
+        for observer in watching:
+            observer.token_mask = mask.to(device)
+            observer.sampled_tokens = sampled
 
 
 def cheap_forward(model: PreTrainedModel) -> dict[str, Any]:
@@ -166,7 +245,7 @@ def cheap_forward(model: PreTrainedModel) -> dict[str, Any]:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the model expects its inputs."""
-    return execution_device(model.get_input_embeddings())
+    return execution_device(reading_part(model).get_input_embeddings())
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -1,6 +1,6 @@
 """What a model family must tell: where routers and experts are, and how their tensors are laid out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class MoeFamily:
     not_native_because: str = ""  # said when the native layout is asked for and not in `layouts`
     # The call of the experts does not show hidden states, slots and weights; the output of the router does.
     observes_router: bool = False
+    # Experts that are full leave tokens without output; which ones, a router cannot tell from a sample of them.
+    has_capacity: bool = False
 
     def match(self, name: str, module: nn.Module) -> bool:
         """Whether `module` at path `name` holds the routed experts of one layer."""
@@ -42,12 +44,16 @@ class MoeFamily:
         raise NotImplementedError
 
     def stack(self, layer: MoeLayer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
-        """`expert_parameters` as tensors with one expert per entry of dimension 0: views where it can be, or copies."""
+        """`expert_parameters` with one expert per entry of dimension 0: as views where possible, or copies."""
         return parameters
 
     def unstack(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
         """The inverse of `stack`, for any number of experts; no two of the tensors share memory."""
         return stacked
+
+    def stored_experts(self, layer: MoeLayer) -> int:
+        """How many experts the module of `layer` holds now; `layer.num_experts` tells how many it held when found."""
+        raise NotImplementedError
 
     def view(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> ExpertWeights:
         """Views of stacked parameters in canonical orientation; writing into them writes `stacked`."""
@@ -87,6 +93,10 @@ class MoeFamily:
     def route(self, layer: MoeLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(top_k_index, top_k_weights) that the router gives for the inputs of an earlier call."""
         raise NotImplementedError
+
+    def expert_tables(self, layer: MoeLayer) -> list[tuple[nn.Module, str]]:  # noqa: ARG002
+        """(module, buffer name) of tables of the router that name experts, instead of scoring them."""
+        return []
 
     def layer_around(
         self,
@@ -143,3 +153,14 @@ def find_layers(model: nn.Module) -> list[MoeLayer]:
         if layer is not None:
             layers.append(layer)
     return layers
+
+
+def tied_layers(layers: Sequence[MoeLayer]) -> dict[str, MoeLayer]:
+    """Layers that share all experts with an earlier one (encoder and decoder of one model): name -> the earlier."""
+    first: dict[tuple[int, ...], MoeLayer] = {}
+    tied = {}
+    for layer in layers:
+        key = tuple(id(parameter) for parameter in layer.expert_parameters.values())
+        if first.setdefault(key, layer) is not layer:
+            tied[layer.name] = first[key]
+    return tied

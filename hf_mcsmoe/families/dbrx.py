@@ -38,6 +38,9 @@ class FlatExperts(MoeFamily):
     def unstack(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.reshape(-1, layer.hidden_size) for name, tensor in stacked.items()}
 
+    def stored_experts(self, layer: MoeLayer) -> int:
+        return layer.experts.mlp.w1.shape[0] // layer.intermediate_size
+
     def view(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> ExpertWeights:  # noqa: ARG002
         return ExpertWeights(gate=stacked[GATE], up=stacked[UP], down=stacked[DOWN].transpose(1, 2))
 

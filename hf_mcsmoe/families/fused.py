@@ -61,7 +61,7 @@ class FusedExperts(MoeFamily):
             num_router_groups=num_router_groups,
             # Group-limited routers score a group by the sum of its best two experts.
             experts_per_group=top_k if num_router_groups == 1 else max(2, math.ceil(top_k / top_groups)),
-            num_passive_rows=count_passive_rows(router, num_slots),
+            num_passive_rows=count_passive_rows(router, num_slots, num_identity),
             num_identity_slots=num_identity,
         )
 
@@ -69,6 +69,9 @@ class FusedExperts(MoeFamily):
         named = layer.experts.named_parameters(recurse=False)
         rows = (layer.num_experts, layer.num_experts + layer.num_identity_slots)
         return {name: p for name, p in named if p.dim() >= 2 and p.shape[0] in rows}
+
+    def stored_experts(self, layer: MoeLayer) -> int:
+        return layer.experts.down_proj.shape[0]
 
     def view(self, layer: MoeLayer, parameters: dict[str, Tensor]) -> ExpertWeights:
         expert_format = layer.format

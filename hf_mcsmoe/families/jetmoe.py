@@ -29,7 +29,7 @@ class SortedExperts(MoeFamily):
             return False
         return weights[0].shape[1] == 2 * weights[1].shape[2]  # the attention experts have no gate
 
-    def describe(self, name: str, module: nn.Module, modules: dict[str, nn.Module], config: Any) -> MoeLayer | None:
+    def describe(self, name: str, module: nn.Module, modules: dict[str, nn.Module], config: Any) -> MoeLayer:  # noqa: ARG002
         num_experts, hidden_size, width = module.output_linear.weight.shape
         expert_map = modules.get(f"{name}.expert_map")
         return MoeLayer(
@@ -52,6 +52,9 @@ class SortedExperts(MoeFamily):
     def expert_parameters(self, layer: MoeLayer) -> dict[str, Tensor]:
         return {name: layer.experts.get_parameter(name) for name in (INWARD, OUTWARD)}
 
+    def stored_experts(self, layer: MoeLayer) -> int:
+        return layer.experts.output_linear.weight.shape[0]
+
     def view(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> ExpertWeights:  # noqa: ARG002
         gate, up = split_gate_up(stacked[INWARD], is_interleaved=False)
         return ExpertWeights(gate=gate, up=up, down=stacked[OUTWARD])
@@ -68,7 +71,7 @@ class SortedExperts(MoeFamily):
             index, weights = block.expert_map(index, weights, can_skip=False)
         experts, order = index.flatten().sort(stable=True)
         tokens = order // index.shape[1]
-        sizes = experts.bincount(minlength=block.input_linear.num_experts).tolist()
+        sizes = experts.bincount(minlength=self.stored_experts(layer)).tolist()
         gate, up = block.input_linear(hidden_states[tokens], sizes).chunk(2, dim=-1)
         outputs = block.output_linear(block.activation(gate) * up, sizes) * weights.flatten()[order, None]
         return torch.zeros_like(hidden_states).index_add(0, tokens, outputs)

@@ -41,14 +41,14 @@ class DenseExperts(FusedExperts):
 
     def run_experts(self, layer: MoeLayer, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         expert_map = getattr(layer.experts, "expert_map", None)
-        num_slots = expert_map.index.numel() if expert_map is not None else layer.experts.down_proj.shape[0]
+        num_slots = expert_map.index.numel() if expert_map is not None else self.stored_experts(layer)
         scores = weights.new_zeros(len(hidden_states), num_slots).scatter(1, index, weights)
         blocks = hidden_states[None] * scores.T[:, :, None]  # (N, T, D)
         return layer.experts(blocks.flatten(0, 1)).view_as(blocks).sum(0)
 
     def map_hooks(self, layer: MoeLayer) -> MapHooks:
         # Scores act before the non-linearity, so what one token sends to a merged expert must not be added up.
-        places = min(layer.top_k, layer.num_slots - layer.experts.down_proj.shape[0] + 1)
+        places = min(layer.top_k, layer.num_slots - self.stored_experts(layer) + 1)
         return MapHooks(
             layer.experts,
             before=functools.partial(pack_slots, places=places),

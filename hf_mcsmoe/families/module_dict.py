@@ -24,6 +24,7 @@ class ModuleDictExperts(MoeFamily):
     weight count, and the map acts on those ids. In the native layout the ids 0 and 1 mean the first two that stay.
     """
 
+    has_capacity = True
     call_argument = None  # name of the second argument of the experts' forward; None takes any
 
     def match(self, name: str, module: nn.Module) -> bool:  # noqa: ARG002
@@ -38,7 +39,7 @@ class ModuleDictExperts(MoeFamily):
             name,
             modules,
             config,
-            num_experts=sum(EXPERT_NAME.fullmatch(key) is not None for key in module),
+            num_experts=count_experts(module),
             hidden_size=hidden_size,
             intermediate_size=width,
             expert_format=ExpertFormat(has_gate=False, has_bias=any(p.dim() == 1 for p in parameters)),
@@ -62,7 +63,10 @@ class ModuleDictExperts(MoeFamily):
             for expert, tensor in enumerate(tensors)
         }
 
-    def view(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> ExpertWeights:
+    def stored_experts(self, layer: MoeLayer) -> int:
+        return count_experts(layer.experts)
+
+    def view(self, layer: MoeLayer, stacked: dict[str, Tensor]) -> ExpertWeights:  # noqa: ARG002
         first, second = (name for name, tensor in stacked.items() if tensor.dim() == 3)
         biases = [stacked.get(name.removesuffix("weight") + "bias") for name in (first, second)]
         return ExpertWeights(up=stacked[first], down=stacked[second], up_bias=biases[0], down_bias=biases[1])
@@ -77,7 +81,7 @@ class OneHotExperts(ModuleDictExperts):
     """Experts called with the router's choice as one-hot rows (T, 1, N), zero for a token beyond an expert's capacity.
 
     Capacity is per router slot and stays that of the original router in the mapped layout: slots of one merged
-    expert do not compete. The relative error of a native layer is that of tokens within capacity.
+    expert do not compete. The relative error of a native layer takes the same tokens as beyond capacity as before.
     """
 
     call_argument = "selected_experts"
@@ -95,8 +99,13 @@ class OneHotExperts(ModuleDictExperts):
 
     def route(self, layer: MoeLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         # Each token as a sequence of its own, because the sampled tokens are not one sequence that fills experts.
-        one_hot, weights, _ = layer.router(args[0][:, None])
+        one_hot, weights, _ = layer.router(args[0].flatten(0, -2)[:, None])
         return one_hot.argmax(-1), weights[:, 0]
+
+
+def count_experts(module: nn.ModuleDict) -> int:
+    """Experts that a ModuleDict holds, maybe beside an expert map."""
+    return sum(EXPERT_NAME.fullmatch(key) is not None for key in module)
 
 
 def map_one_hot(expert_map: nn.Module, args: tuple) -> tuple:

@@ -43,9 +43,11 @@ def read_attribute(names: tuple[str, ...], *owners: Any) -> int | None:
     return None
 
 
-def count_passive_rows(router: nn.Module, num_slots: int) -> int:
+def count_passive_rows(router: nn.Module, num_slots: int, num_identity: int) -> int:
     """Rows of a router after those of its experts: identity experts, a slot that skips, shared experts; mostly 0."""
     rows = sorted({p.shape[0] for p in router.parameters() if p.dim() == 2 and p.shape[0] >= num_slots})
+    if num_identity and num_slots + num_identity in rows:
+        return num_identity
     return rows[0] - num_slots if rows and rows[0] <= 2 * num_slots + MOST_EXTRA_ROWS else 0
 
 
@@ -57,8 +59,8 @@ def router_score(name: str, module: nn.Module, num_experts: int) -> int:
         score += 2
     if num_experts in rows:
         score += 2
-    elif any(num_experts < r <= 2 * num_experts + MOST_EXTRA_ROWS for r in rows) and re.search(r"router|gate$|classifier", name):
-        score += 1
+    elif any(num_experts < r <= 2 * num_experts + MOST_EXTRA_ROWS for r in rows):
+        score += 1 if re.search(r"router|gate$|classifier", name) else 0
     if re.search(r"Router|TopK|Gat(e|ing)$", type(module).__name__):
         score += 2
     return score

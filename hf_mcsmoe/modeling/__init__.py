@@ -3,8 +3,10 @@
 from .merged_model import (
     MergedSparseMoeForCausalLM,
     MergedSparseMoeForImageTextToText,
+    MergedSparseMoeForMultimodalLM,
     MergedSparseMoeForSeq2SeqLM,
     MergedSparseMoeForSequenceClassification,
+    MergedSparseMoeForTokenClassification,
     MergedSparseMoeModel,
     merged_class,
 )
@@ -12,8 +14,10 @@ from .merged_model import (
 __all__ = [
     "MergedSparseMoeForCausalLM",
     "MergedSparseMoeForImageTextToText",
+    "MergedSparseMoeForMultimodalLM",
     "MergedSparseMoeForSeq2SeqLM",
     "MergedSparseMoeForSequenceClassification",
+    "MergedSparseMoeForTokenClassification",
     "MergedSparseMoeModel",
     "merged_class",
 ]

@@ -1,10 +1,14 @@
 """Putting fewer experts into a layer: the expert map of the mapped layout, the cut router of the native one."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..families import find_layers
 from ..families.names import NUM_EXPERTS_NAMES, NUM_ROWS_NAMES
 from ..types import MoeLayer
 from .offload import execution_device, fetched, replace_tensor
@@ -89,21 +93,68 @@ def attach_expert_map(layer: MoeLayer, layout: dict[str, Any], index: Tensor | N
         expert_map.index.copy_(torch.cat([index, torch.arange(num_identity) + num_experts]))
     tensor = next(experts.parameters(), None)
     device = torch.device("meta") if tensor is not None and tensor.is_meta else None
-    device = execution_device(experts) if device is None or hasattr(experts, "_hf_hook") else device
+    hooked = next((module for module in experts.modules() if hasattr(module, "_hf_hook")), None)
+    device = execution_device(hooked or experts) if device is None or hooked is not None else device
     experts.expert_map = expert_map.to(device)
     rename_counts(experts, layer.num_slots, num_experts)
     rename_counts(experts, num_slots, num_experts + num_identity, NUM_ROWS_NAMES)
     if (layout["has_dropped"] or layout["collapse_duplicates"]) and hasattr(experts, "_is_expert_parallel"):
         experts._is_expert_parallel = True  # makes the grouped implementation skip index M
-    experts.register_forward_pre_hook(map_slots, with_kwargs=True)
+    register_map(layer)
+
+
+def register_map(layer: MoeLayer) -> None:
+    """Let the map of a layer act in every forward from now on, in the way of its family."""
+    hooks = layer.family.map_hooks(layer)
+    if hooks is None:
+        layer.experts.register_forward_pre_hook(map_slots, with_kwargs=True)
+        return
+    expert_map = layer.experts.expert_map
+    if hooks.before is not None:
+        before = functools.partial(map_arguments, expert_map, hooks.before)
+        hooks.module.register_forward_pre_hook(before, with_kwargs=True)
+    if hooks.after is not None:
+        hooks.module.register_forward_hook(functools.partial(map_output, expert_map, hooks.after))
+
+
+def map_arguments(
+    expert_map: ExpertMap,
+    before: Callable,
+    module: nn.Module,  # noqa: ARG001
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: the arguments that `before` makes of a call's own."""
+    return before(expert_map, (*args, *kwargs.values())), {}
+
+
+def map_output(expert_map: ExpertMap, after: Callable, module: nn.Module, args: tuple, output: Any) -> Any:  # noqa: ARG001
+    """Forward hook: what `after` makes of an output."""
+    return after(expert_map, output)
+
+
+def replace_experts(layer: MoeLayer, stacked: dict[str, Tensor]) -> None:
+    """Put M experts, stacked as the layer's family stacks them, in the place of the N that are there."""
+    parameters = layer.family.unstack(layer, stacked)
+    for name in {name.partition(".")[0] for name in layer.expert_parameters if name not in parameters}:
+        delattr(layer.experts, name)  # the module of an expert that is no more
+        # transformers' initialization of the block would look for it: it counts experts by the configuration's N.
+        layer.block._is_hf_initialized = True
+    num_experts = min(len(tensor) for tensor in stacked.values())
+    for path, value in parameters.items():
+        owner_name, _, name = path.rpartition(".")
+        owner = layer.experts.get_submodule(owner_name)
+        replace_tensor(owner, name, value)
+        if owner is not layer.experts:
+            rename_counts(owner, layer.num_slots, num_experts)
 
 
 def shrink_experts(layer: MoeLayer, num_experts: int) -> None:
     """Cut a freshly built layer to its first M experts, on any device (meta included)."""
     tails = layer.passive_expert_rows
-    for name, parameter in layer.expert_parameters.items():
-        kept = parameter[:num_experts]
-        replace_tensor(layer.experts, name, torch.cat([kept, tails[name]]) if name in tails else kept.clone())
+    kept = {name: p[:num_experts] for name, p in layer.family.stack(layer, layer.expert_parameters).items()}
+    kept = {name: torch.cat([p, tails[name]]) if name in tails else p.clone() for name, p in kept.items()}
+    replace_experts(layer, kept)
 
 
 def install_mapped(layer: MoeLayer, parameters: dict[str, Tensor], slot_map: Tensor, layout: dict[str, Any]) -> None:
@@ -111,12 +162,11 @@ def install_mapped(layer: MoeLayer, parameters: dict[str, Tensor], slot_map: Ten
 
     Args:
         layer: The layer as found in the original model.
-        parameters: New experts in the family's own orientation, dimension 0 = M.
+        parameters: New experts as the family stacks them, dimension 0 = M.
         slot_map: (N,) int64 in [-1, M).
         layout: See `attach_expert_map`.
     """
-    for name, value in parameters.items():
-        replace_tensor(layer.experts, name, value)
+    replace_experts(layer, parameters)
     attach_expert_map(layer, layout, slot_map)
 
 
@@ -125,7 +175,7 @@ def install_native(layer: MoeLayer, parameters: dict[str, Tensor], rows: Tensor,
 
     Args:
         layer: The layer as found in the original model.
-        parameters: New experts in the family's own orientation, dimension 0 = M.
+        parameters: New experts as the family stacks them, dimension 0 = M.
         rows: The router rows that stay, (M,) int64 ascending.
         group_of_expert: (N,) int64 in [0, M) for routers that look experts up; others do not read it.
 
@@ -139,8 +189,7 @@ def install_native(layer: MoeLayer, parameters: dict[str, Tensor], rows: Tensor,
         if (table < 0).any():
             raise ValueError(f"{name} of {layer.router_name!r} names experts that were dropped. Use layout='mapped'.")
         replace_tensor(module, name, table.to(getattr(module, name).dtype))
-    for name, value in parameters.items():
-        replace_tensor(layer.experts, name, value)
+    replace_experts(layer, parameters)
     with_passive = torch.cat([rows, torch.arange(num_slots, num_slots + passive)])
     for module in [*layer.router.modules(), layer.block]:
         select_rows(module, {num_slots: rows, num_slots + passive: with_passive})
@@ -180,9 +229,7 @@ def slot_axis(tensor: Tensor, num_slots: int) -> int | None:
     return None
 
 
-def rename_counts(
-    owner: Any, num_slots: int, num_experts: int, names: tuple[str, ...] = NUM_EXPERTS_NAMES
-) -> None:
+def rename_counts(owner: Any, num_slots: int, num_experts: int, names: tuple[str, ...] = NUM_EXPERTS_NAMES) -> None:
     """Set every expert count of a module or configuration that equals N to M."""
     for name in names:
         try:
@@ -191,3 +238,25 @@ def rename_counts(
             continue  # a configuration with per-layer values of this name
         if isinstance(value, int) and value == num_slots:
             setattr(owner, name, num_experts)
+
+
+def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
+    """Shrink the experts of a freshly built model to what the layout says and attach empty maps.
+
+    Layer names are those of the model that was compressed; a model with another head or none may have them
+    under a shorter or longer prefix.
+
+    Raises:
+        ValueError: The model does not have exactly the layers that the checkpoint describes.
+    """
+    found = find_layers(model)
+    for name, layout in layers.items():
+        candidates = [x for x in found if x.name == name or name.endswith(f".{x.name}") or x.name.endswith(f".{name}")]
+        if len(candidates) != 1 or candidates[0].num_slots != layout["num_slots"]:
+            raise ValueError(
+                f"The checkpoint describes the MoE layer {name!r} with {layout['num_slots']} slots, but "
+                f"{type(model).__name__} has {[(x.name, x.num_slots) for x in candidates]} there. "
+                "The configuration does not belong to this architecture."
+            )
+        shrink_experts(candidates[0], layout["num_experts"])
+        attach_expert_map(candidates[0], layout)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
@@ -21,13 +22,14 @@ from transformers.models.auto.modeling_auto import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from ..config import MergedSparseMoeConfig
-from ..families import find_layers
-from .experts import attach_expert_map, shrink_experts
+from .experts import build_merged_layers
 from .offload import offloaded_state_dict
 
 SHIM_NAME = "modeling_hf_mcsmoe"
@@ -36,8 +38,10 @@ from hf_mcsmoe import (  # noqa: F401
     MergedSparseMoeConfig,
     MergedSparseMoeForCausalLM,
     MergedSparseMoeForImageTextToText,
+    MergedSparseMoeForMultimodalLM,
     MergedSparseMoeForSeq2SeqLM,
     MergedSparseMoeForSequenceClassification,
+    MergedSparseMoeForTokenClassification,
     MergedSparseMoeModel,
 )
 '''
@@ -63,6 +67,7 @@ class MergedMoeMixin:
         base_config = copy.deepcopy(self.config)
         layout = base_config.__dict__.pop("merged_sparse_moe")
         base_config.architectures = [layout["base_architecture"]]
+        base_config._name_or_path = ""  # a path of this machine
         config = MergedSparseMoeConfig(base_config=base_config, **layout)
         dispatcher = dispatcher_of(type(self))
         config.architectures = [dispatcher.__name__]
@@ -78,42 +83,25 @@ class MergedMoeMixin:
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        *args: Any,
         **kwargs: Any,
     ) -> None:
-        """`PreTrainedModel.save_pretrained`, with the configuration and the loading shim of the mapped layout."""
+        """`PreTrainedModel.save_pretrained`, with the configuration and the loading shim of the mapped layout.
+
+        Tensors keep the names they have in the model, so that Trainer can resume: it looks for these names only,
+        and leaves experts that a checkpoint stores one by one as they are. Nor could the format of Ernie 4.5 VL,
+        one list of experts for two layers, hold different numbers of them.
+        """
+        kwargs.setdefault("save_original_format", False)
         hub_arguments = ("repo_id", "commit_message", "private", "create_pr", "revision")
         hub = {name: kwargs.pop(name) for name in hub_arguments if name in kwargs and push_to_hub}
         state_dict = offloaded_state_dict(self) if state_dict is None else state_dict
-        super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, False, **kwargs)
         folder = Path(save_directory)
         if is_main_process and (folder / "config.json").exists():
             self.merged_config().save_pretrained(folder)
             (folder / f"{SHIM_NAME}.py").write_text(SHIM, encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", folder.resolve().name), token=kwargs.get("token"), **hub)
-
-
-def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
-    """Shrink the experts of a freshly built model to what the layout says and attach empty maps.
-
-    Layer names are those of the model that was compressed; a model with another head or none may have them
-    under a shorter or longer prefix.
-
-    Raises:
-        ValueError: The model does not have exactly the layers that the checkpoint describes.
-    """
-    found = find_layers(model)
-    for name, layout in layers.items():
-        candidates = [x for x in found if x.name == name or name.endswith(f".{x.name}") or x.name.endswith(f".{name}")]
-        if len(candidates) != 1 or candidates[0].num_slots != layout["num_slots"]:
-            raise ValueError(
-                f"The checkpoint describes the MoE layer {name!r} with {layout['num_slots']} slots, but "
-                f"{type(model).__name__} has {[(x.name, x.num_slots) for x in candidates]} there. "
-                "The configuration does not belong to this architecture."
-            )
-        shrink_experts(candidates[0], layout["num_experts"])
-        attach_expert_map(candidates[0], layout)
 
 
 def merged_class(native_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -160,6 +148,9 @@ class MergedSparseMoeDispatcher:
         by_name = {one.__name__: one for one in known_classes(cls.auto_class, type(config.base_config))}
         if config.base_architecture in by_name:
             return by_name[config.base_architecture]
+        unlisted = unlisted_class(config) if cls is MergedSparseMoeModel else None
+        if unlisted is not None:
+            return unlisted
         if by_name:
             return next(iter(by_name.values()))
         raise ValueError(
@@ -223,12 +214,26 @@ class MergedSparseMoeForSequenceClassification(MergedSparseMoeDispatcher):
     auto_class = AutoModelForSequenceClassification
 
 
+class MergedSparseMoeForTokenClassification(MergedSparseMoeDispatcher):
+    """Mapped checkpoints for `AutoModelForTokenClassification`."""
+
+    auto_class = AutoModelForTokenClassification
+
+
+class MergedSparseMoeForMultimodalLM(MergedSparseMoeDispatcher):
+    """Mapped checkpoints for `AutoModelForMultimodalLM`."""
+
+    auto_class = AutoModelForMultimodalLM
+
+
 # The order decides where an architecture that several Auto classes know belongs.
 DISPATCHERS = (
     MergedSparseMoeForCausalLM,
     MergedSparseMoeForSeq2SeqLM,
     MergedSparseMoeForImageTextToText,
     MergedSparseMoeForSequenceClassification,
+    MergedSparseMoeForTokenClassification,
+    MergedSparseMoeForMultimodalLM,
     MergedSparseMoeModel,
 )
 
@@ -237,6 +242,14 @@ def known_classes(auto_class: type, config_class: type[PreTrainedConfig]) -> tup
     """The models that an Auto class builds for a configuration class, its default first."""
     known = auto_class._model_mapping.get(config_class, None)
     return tuple(known) if isinstance(known, tuple | list) else (known,) if known is not None else ()
+
+
+def unlisted_class(config: MergedSparseMoeConfig) -> type[PreTrainedModel] | None:
+    """The class that was compressed, if no Auto class of `DISPATCHERS` lists it (half of a multimodal model, ...)."""
+    named = getattr(transformers, config.base_architecture, None)
+    listed = [x for one in DISPATCHERS for x in known_classes(one.auto_class, type(config.base_config))]
+    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    return named if is_model and named not in listed else None
 
 
 def dispatcher_of(model_class: type[PreTrainedModel]) -> type[MergedSparseMoeDispatcher]:
