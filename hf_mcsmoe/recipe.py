@@ -1,4 +1,4 @@
-"""Recipe: what the user asks for. Presets: the published methods as recipes."""
+"""Recipe: what the user asks for."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
 from .grouping import GROUPING
 from .merging import MERGING
+from .presets import PRESETS
 from .registry import Registry, closest
 from .saliency import SALIENCY
 from .similarity import SIMILARITY
@@ -60,7 +61,8 @@ class Recipe:
         collapse_duplicates: In the mapped layout several slots of a token may hold one expert; compute
             it once and add the weights. "auto" does so where held-out tokens show enough duplicates.
         seed: Seeds whatever draws random numbers.
-        preset: Name of the preset that this recipe started from, if any.
+        preset: Name of the preset that this recipe started from, if any. Only `recipe_from_preset` sets it: a
+            name alone would claim a method whose steps were not taken.
 
     Raises:
         ValueError: A name, an option or a bound is not allowed.
@@ -88,7 +90,7 @@ class Recipe:
     decomposition_options: dict[str, Any] = field(default_factory=dict)
     collapse_duplicates: bool | str = "auto"
     seed: int = 0
-    preset: str | None = None
+    preset: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.exclude_layers, list | tuple):
@@ -215,32 +217,6 @@ class Recipe:
 RECIPE_FIELDS = frozenset(f.name for f in dataclasses.fields(Recipe))
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A published method: its recipe, and where it comes from."""
-
-    paper: str
-    url: str
-    notes: str
-    recipe: Mapping[str, Any]
-
-
-PRESETS: dict[str, Preset] = {
-    "m-smoe": Preset(
-        paper="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (Li et al., 2024)",
-        url="https://arxiv.org/abs/2310.01334",
-        notes="Aligns members to their group's dominant expert, not to expert 0: one assignment each, never worse.",
-        recipe={},
-    ),
-    "frequency": Preset(
-        paper="Usage-frequency pruning, the baseline of Li et al., 2024",
-        url="https://arxiv.org/abs/2310.01334",
-        notes="Keeps the most used experts as they are and drops the others.",
-        recipe={"similarity": None, "grouping": "drop", "alignment": None, "merging": None},
-    ),
-}
-
-
 def recipe_from_preset(preset: str, **changes: Any) -> Recipe:
     """The recipe of a preset with some fields changed.
 
@@ -250,7 +226,9 @@ def recipe_from_preset(preset: str, **changes: Any) -> Recipe:
     if preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.{closest(preset, PRESETS)}")
     check_fields(changes)
-    return Recipe(**{**PRESETS[preset].recipe, "preset": preset, **changes})
+    recipe = Recipe(**{**PRESETS[preset].recipe, **changes})
+    object.__setattr__(recipe, "preset", preset)
+    return recipe
 
 
 def check_fields(values: Mapping[str, Any]) -> None:
@@ -274,7 +252,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     check_fields(values)
     if values.get("preset") is not None:
         return recipe_from_preset(**values)
-    return Recipe(**values)
+    return Recipe(**{name: value for name, value in values.items() if name != "preset"})
 
 
 def recipe_from_yaml(path: str | Path) -> Recipe:

@@ -18,7 +18,7 @@ from hf_mcsmoe.cli.options import build_recipe
 from hf_mcsmoe.cli.tables import human, human_bytes, name_pattern, span
 from hf_mcsmoe.layouts import plan
 from hf_mcsmoe.loading import load_model
-from hf_mcsmoe.recipe import Recipe
+from hf_mcsmoe.recipe import Recipe, recipe_from_preset
 
 VERBS = ("demo", "inspect", "plan", "compress", "evaluate")
 
@@ -148,7 +148,7 @@ def test_inspect_shows_a_compressed_folder(compressed):
 
 def test_plan_prints_what_the_function_returns(tiny):
     values = json.loads(succeed("plan", tiny, "--num-experts", "3", "--exclude-layer", "-1", "--json"))
-    expected = plan(tiny, Recipe(num_experts=3, exclude_layers=(-1,), preset="m-smoe"))
+    expected = plan(tiny, recipe_from_preset("m-smoe", num_experts=3, exclude_layers=(-1,)))
     assert values.items() >= json.loads(json.dumps(expected.to_dict())).items()
     assert values["recipe"]["num_experts"] == 3
     text = succeed("plan", tiny, "--num-experts", "3", "--exclude-layer", "-1")
@@ -169,7 +169,7 @@ def test_plan_takes_presets_files_and_flags_that_change_them(tiny, tmp_path):
 
 def test_options_make_a_recipe():
     recipe = build_recipe(keep=0.25, layout="native", exclude_layer=[], seed=3)
-    assert recipe == Recipe(keep=0.25, layout="native", seed=3, preset="m-smoe")
+    assert recipe == recipe_from_preset("m-smoe", keep=0.25, layout="native", seed=3)
     recipe = build_recipe(num_experts=2, exclude_layer=["0", "-1", "*.mlp.experts"], allocation="uniform")
     assert recipe.exclude_layers == (0, -1, "*.mlp.experts") and recipe.keep is None
     recipe = build_recipe(preset="frequency", rank=4)

@@ -9,9 +9,10 @@ from huggingface_hub import ModelCard, metadata_load
 
 from hf_mcsmoe import recipe as recipe_module
 from hf_mcsmoe.evaluation import DomainScore, Evaluation
+from hf_mcsmoe.presets import PRESETS, Preset
 from hf_mcsmoe.publishing import REPORT_FILE, model_card, read_report, recipe_yaml, write_card, write_report
 from hf_mcsmoe.publishing import card as card_module
-from hf_mcsmoe.recipe import PRESETS, Preset, Recipe, recipe_from_preset, recipe_from_yaml
+from hf_mcsmoe.recipe import Recipe, recipe_from_dict, recipe_from_preset, recipe_from_yaml
 from hf_mcsmoe.types import CompressionReport, LayerReport
 
 CODE = DomainScore(1201, 2.1, 0.05, math.exp(2.1), 2.0, 0.0625, 0.875)
@@ -163,7 +164,7 @@ def test_the_recipe_file_does_not_rest_on_defaults(tmp_path, monkeypatch):
     # A preset whose options the recipe took back: the empty value must be written.
     preset = Preset("p", "https://example.org", "", {"grouping_options": {"unknown": 1}})
     monkeypatch.setitem(recipe_module.PRESETS, "with-options", preset)
-    recipe = Recipe(preset="with-options")
+    recipe = recipe_from_preset("with-options", grouping_options={})
     write_report(compression_report(recipe), tmp_path)
     assert recipe_from_yaml(tmp_path / "recipe.yaml") == recipe
 
@@ -311,7 +312,7 @@ def test_calibration_and_recipe_are_in_the_card():
     assert f"- SHA-256 of tokens and masks: `{'ab12' * 16}`" in lines and "- source: `list of 40 texts`" in lines
     assert "- tokens for the statistics: 31,744" in lines
     block = card.text.split("```yaml\n")[1].split("```")[0]
-    assert Recipe(**yaml.safe_load(block)) == recipe_from_preset("m-smoe", keep=0.5)
+    assert recipe_from_dict(yaml.safe_load(block)) == recipe_from_preset("m-smoe", keep=0.5)
     assert "Made in 12.3 s with hf_mcsmoe 0.1.0, transformers 5.23.0." in card.text
     assert section(card_of(compression_report(calibration=None)), "Calibration data") == [
         "- No calibration data is recorded."

@@ -94,7 +94,14 @@ def test_the_default_is_m_smoe_at_one_half():
     assert (recipe.similarity, recipe.grouping) == ("router_logits", "dominant_experts")
     assert (recipe.alignment, recipe.merging) == ("weight_matching", "weighted_average")
     assert recipe.allocation == "global_usage"
-    assert recipe_from_preset("m-smoe") == dataclasses.replace(recipe, preset="m-smoe")
+    preset = recipe_from_preset("m-smoe")
+    assert preset.preset == "m-smoe" and recipe.preset is None
+    assert dataclasses.replace(preset, keep=0.5) == recipe  # the same steps; the name is gone with the change
+
+
+def test_a_recipe_cannot_claim_a_preset_whose_steps_it_does_not_take():
+    with pytest.raises(TypeError, match="preset"):
+        Recipe(preset="frequency")
 
 
 def test_the_native_layout_spreads_experts_evenly_unless_told_otherwise():
@@ -191,7 +198,7 @@ RECIPES = {
 def test_a_recipe_comes_back_from_its_plain_containers(recipe):
     plain = recipe.to_dict()
     assert json.loads(json.dumps(plain)) == plain
-    assert Recipe(**plain) == recipe
+    assert recipe_from_dict(plain) == recipe
     assert recipe_from_dict(plain) == recipe
 
 

@@ -1,13 +1,12 @@
 """Options that several commands share, and the recipe that they describe."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..recipe import PRESETS, Recipe, recipe_from_preset, recipe_from_yaml
+from ..recipe import PRESETS, Recipe, recipe_from_dict, recipe_from_preset, recipe_from_yaml
 
 DEFAULT_PRESET = "m-smoe"
 
@@ -98,7 +97,7 @@ def build_recipe(
         given = {"rank": rank, "keep_rows": keep_rows}
         options = base.decomposition_options | {name: value for name, value in given.items() if value is not None}
         changes |= {"decomposition": "low_rank_sparse", "decomposition_options": options}
-    return dataclasses.replace(base, **changes)
+    return recipe_from_dict({**base.to_dict(), **changes})
 
 
 def as_layer(entry: str) -> int | str:

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.models.auto import modeling_auto
 
 from ..evaluation import Evaluation
-from ..recipe import Recipe
+from ..recipe import Recipe, recipe_from_dict
 from . import card_text
 from .report import read_report, recipe_yaml
 
@@ -55,7 +55,7 @@ def model_card(
     Raises:
         ValueError: The recipe in the report is not valid.
     """
-    recipe = Recipe(**report["recipe"])
+    recipe = recipe_from_dict(report["recipe"])
     scores = report.get("evaluation") if evaluation is None else evaluation
     scores = scores.to_dict() if isinstance(scores, Evaluation) else scores
     base_id = hub_id(base_model or report["base_model"])

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..evaluation import Evaluation
-from ..recipe import PRESETS, Recipe
+from ..recipe import PRESETS, Recipe, recipe_from_dict
 from ..types import CompressionReport
 
 REPORT_FILE = "compression_report.json"
@@ -100,7 +100,7 @@ def recipe_yaml(report: CompressionReport | Mapping[str, Any]) -> str:
         ValueError: The recipe in the report is not valid.
     """
     values = report.recipe if isinstance(report, CompressionReport) else report["recipe"]
-    recipe = Recipe(**values)
+    recipe = recipe_from_dict(values)
     preset = PRESETS[recipe.preset].recipe if recipe.preset in PRESETS else {}
     written = {}
     for field in dataclasses.fields(Recipe):

@@ -1,0 +1,31 @@
+"""Presets: the published methods as recipes. Data, one entry a method."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published method: its recipe, and where it comes from."""
+
+    paper: str
+    url: str
+    notes: str
+    recipe: Mapping[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "m-smoe": Preset(
+        paper="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (Li et al., 2024)",
+        url="https://arxiv.org/abs/2310.01334",
+        notes="Aligns members to their group's dominant expert, not to expert 0: one assignment each, never worse.",
+        recipe={},
+    ),
+    "frequency": Preset(
+        paper="Usage-frequency pruning, the baseline of Li et al., 2024",
+        url="https://arxiv.org/abs/2310.01334",
+        notes="Keeps the most used experts as they are and drops the others.",
+        recipe={"similarity": None, "grouping": "drop", "alignment": None, "merging": None},
+    ),
+}
