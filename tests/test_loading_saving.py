@@ -256,6 +256,22 @@ def test_trainer_resumes_exactly(model_type, layout, checkpoint, tokens, prompt,
     assert torch.equal(logits(load(tmp_path / "resumed" / "checkpoint-4"), prompt), logits(straight, prompt))
 
 
+def test_label_smoothing_shifts_the_labels(original, compress, prompt, tmp_path):
+    model = compress("mixtral")
+    twin = aliased(model, original("mixtral"))
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+    losses = [
+        Trainer(one, arguments).compute_loss(one, {"input_ids": prompt, "labels": prompt}) for one in (model, twin)
+    ]
+    assert_close(losses[0], losses[1])
+
+
+def test_pipelines_know_mapped_models_by_name(compressed):
+    name = type(compressed("qwen3_moe", "mapped")).__name__
+    assert name in AutoModelForCausalLM._model_mapping._model_mapping.values()
+    assert name not in AutoModelForSequenceClassification._model_mapping._model_mapping.values()
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_lora_on_attention_and_merged_experts(model_type, layout, checkpoint, prompt, tmp_path):
     config = LoraConfig(

@@ -105,10 +105,10 @@ def save_scores(folder: str, scores: "Evaluation") -> None:
     """Add scores to the report and the model card in a folder."""
     from pathlib import Path
 
-    from ..publishing import model_card, read_report, write_report
+    from ..publishing import read_report, write_card, write_report
 
-    report = write_report(read_report(folder), folder, scores)
-    model_card(report, repo_name=Path(folder).resolve().name).save(Path(folder) / "README.md")
+    write_report(read_report(folder), folder, scores)
+    write_card(folder, repo_name=Path(folder).resolve().name)
 
 
 def show(scores: "Evaluation") -> None:

@@ -123,8 +123,22 @@ def merged_class(native_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         mapping = get_checkpoint_conversion_mapping(native_class.__name__)
         if mapping is not None:  # conversions may be keyed by class name
             register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+        list_by_name(native_class, name)
         setattr(module, name, made)
     return getattr(module, name)
+
+
+def list_by_name(native_class: type[PreTrainedModel], name: str) -> None:
+    """Add the class `name` to the tables of class names that have `native_class`.
+
+    Trainer decides by them whether label smoothing shifts the labels, and pipelines which models they take.
+    """
+    for dispatcher in DISPATCHERS:
+        names = dispatcher.auto_class._model_mapping._model_mapping
+        listed = [one for entry in names.values() for one in (entry if isinstance(entry, tuple) else (entry,))]
+        if native_class.__name__ in listed:
+            # The key is no model type, so the Auto classes themselves never look at it.
+            names[f"{MergedSparseMoeConfig.model_type}/{name}"] = name
 
 
 class MergedSparseMoeDispatcher:
