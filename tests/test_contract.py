@@ -256,6 +256,20 @@ def test_budgets_are_exact_under_ties(model_type, keep, original, tokens):
     assert report.total_parameters_before == planned.total_parameters_before
 
 
+def test_merged_experts_are_the_mean_of_their_members_by_usage(family, original, compress):
+    model = original(family)
+    before = copy.deepcopy(stored_experts(model))
+    result = compress(model, alignment=None)
+    for layer, report in zip(find_layers(result), result.compression_report.layers, strict=True):
+        share, group_of_expert = torch.tensor(report.usage_frequency), torch.tensor(report.group_of_expert)
+        for group in range(report.num_experts_after):
+            members = (group_of_expert == group).nonzero().flatten()
+            for name, parameter in layer.expert_parameters.items():
+                parts = [share[member] * before[f"{layer.name}.{name}"][member].double() for member in members]
+                expected = sum(parts) / share[members].sum()
+                assert_close(parameter[group].double(), expected, rtol=0, atol=1e-6)
+
+
 def test_a_bfloat16_model_gives_the_float32_result_rounded_once(family, original, compress, tokens):
     narrow = original(family).to(torch.bfloat16)
     wide = copy.deepcopy(narrow).float()

@@ -23,6 +23,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_mcsmoe import MergedSparseMoeConfig, MergedSparseMoeForCausalLM, Recipe, compress_moe, plan
 from hf_mcsmoe.families import find_layers
@@ -264,6 +265,14 @@ def test_label_smoothing_shifts_the_labels(original, compress, prompt, tmp_path)
         Trainer(one, arguments).compute_loss(one, {"input_ids": prompt, "labels": prompt}) for one in (model, twin)
     ]
     assert_close(losses[0], losses[1])
+
+
+def test_checkpoints_are_converted_as_those_of_the_original(family, original, compressed):
+    conversions = [
+        [(one.source_patterns, one.target_patterns, one.scope_prefix) for one in get_model_conversion_mapping(model)]
+        for model in (original(family), compressed(family, "mapped"))
+    ]
+    assert conversions[0] == conversions[1]
 
 
 def test_pipelines_know_mapped_models_by_name(compressed):
