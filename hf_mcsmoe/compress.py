@@ -259,7 +259,9 @@ def check_finite(layers: list[MoeLayer]) -> None:
     for layer in layers:
         with fetched(layer.experts):
             for name, parameter in layer.family.stack(layer, layer.expert_parameters).items():
-                finite = torch.isfinite(parameter.detach()).flatten(1).all(dim=1)
+                rows = parameter.detach().flatten(1)
+                # Extremes pass NaN on, and take a tenth of the time and no memory beside isfinite of everything.
+                finite = torch.isfinite(rows.amax(dim=1)) & torch.isfinite(rows.amin(dim=1))
                 if not finite.all():
                     bad = (~finite).nonzero().flatten().tolist()
                     raise ValueError(

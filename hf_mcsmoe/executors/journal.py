@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,4 +76,9 @@ def compare(earlier: Any, now: Any, path: str = "") -> list[str]:
         for key in sorted({*earlier, *now}):
             found += compare(earlier.get(key), now.get(key), f"{path}.{key}" if path else key)
         return found
-    return [] if earlier == now else [f"{path} was {earlier!r}, is {now!r}"]
+    return [] if earlier == now else [f"{path} was {shown(earlier)}, is {shown(now)}"]
+
+
+def shown(value: Any) -> str:
+    """A value in a message."""
+    return "not there" if value is None else textwrap.shorten(repr(value), 60)

@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..publishing import write_card, write_report
 from ..types import CompressionReport
+from .skeleton import quiet
 
 
 class OutputShards:
@@ -75,7 +76,8 @@ class OutputShards:
         """
         described = self.folder.parent / "described"
         shutil.rmtree(described, ignore_errors=True)
-        model.save_pretrained(described, state_dict={})
+        with quiet():
+            model.save_pretrained(described, state_dict={})
         for file in described.iterdir():
             if file.suffix != ".safetensors" and file.name != SAFE_WEIGHTS_INDEX_NAME:
                 file.replace(self.folder / file.name)

@@ -40,7 +40,7 @@ def open_skeleton(
             scales to be read.
     """
     model_class = native_class(config)
-    with quiet_loading():
+    with quiet():
         try:
             model, info = model_class.from_pretrained(
                 None,
@@ -81,8 +81,8 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bar, which would appear for every layer."""
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which would appear for every layer."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -131,7 +131,7 @@ def load_tensors(model: PreTrainedModel, shards: Shards, names: list[str], devic
         dtype_plan=model._get_dtype_plan(model.config.dtype),
         weight_mapping=get_model_conversion_mapping(model),
     )
-    with quiet_loading(), shards.opened(names) as slices:
+    with quiet(), shards.opened(names) as slices:
         info, _ = convert_and_load_state_dict_in_model(model, slices, load_config)
     model._weight_conversions = conversions
     if info.mismatched_keys or info.conversion_errors:
