@@ -1,31 +1,24 @@
-import functools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import Killed, content, same_tensors, tensors, texts
 from safetensors.torch import load_file
-from tiny_models import tiny_model
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_mcsmoe import Recipe, compress_moe
-from hf_mcsmoe.executors.decoder_stack import DecoderStack
 from hf_mcsmoe.executors.hidden_states import HiddenStates
-from hf_mcsmoe.executors.journal import JOURNAL_FILE, Journal, compare
+from hf_mcsmoe.executors.journal import Journal
 from hf_mcsmoe.executors.output_shards import OutputShards
-from hf_mcsmoe.executors.shards import NotStreamableError, Shards
 from hf_mcsmoe.executors.streaming_run import StreamingRun
-from hf_mcsmoe.families import find_layers
 
 FAMILIES = (
     "qwen3_moe",
@@ -42,65 +35,6 @@ RECIPES = {
     "mapped-global": {"layout": "mapped", "allocation": "global_usage"},
     "native": {"layout": "native"},
 }
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """`checkpoint(model_type)`: folder of a tiny bfloat16 model in several shards. Shared: do not change it."""
-
-    @functools.cache
-    def save(model_type):
-        folder = tmp_path_factory.mktemp(model_type)
-        tiny_model(model_type).to(torch.bfloat16).save_pretrained(folder, max_shard_size="30KB")
-        return folder
-
-    return save
-
-
-@pytest.fixture
-def own_checkpoint(checkpoint, tmp_path):
-    """A copy of the tiny Qwen3 MoE checkpoint, to be damaged."""
-    return Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model"))
-
-
-@pytest.fixture
-def stream(tokens, tmp_path):
-    """`stream(folder, **recipe)`: what compress_moe makes of a checkpoint in tmp_path / "streamed"."""
-
-    def run(folder, *, output="streamed", data=tokens, **changes):
-        recipe = Recipe(**{"allocation": "uniform", **changes})
-        return compress_moe(folder, recipe, calibration=data, output_dir=tmp_path / output, progress=False)
-
-    return run
-
-
-def tensors(folder):
-    """All tensors of a checkpoint, by name."""
-    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-def texts(folder):
-    """Configuration, report and the other files of a checkpoint, without times and its own name."""
-    found = {}
-    for file in Path(folder).iterdir():
-        if file.suffix == ".safetensors" or file.name.endswith(".index.json"):
-            continue
-        lines = file.read_text().replace(Path(folder).name, "NAME").splitlines()
-        found[file.name] = [re.sub(r" in [\d.]+ (s|min|h)\b", "", line) for line in lines if "seconds" not in line]
-    return found
-
-
-def same_tensors(one, other):
-    """Whether two checkpoints hold the same names, dtypes and bits."""
-    one, other = tensors(one), tensors(other)
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
-
-
-def content(folder):
-    """Names and bytes of all weight files."""
-    return {file.name: file.read_bytes() for file in Path(folder).glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -168,10 +102,6 @@ def test_hidden_states_come_back_from_file_and_from_memory(tmp_path):
         assert torch.equal(again.read(position), batch)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing between the place where it is raised and the test catches it."""
-
-
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_run_that_died_at_any_step_goes_on_to_the_same_bytes(recipe, checkpoint, stream, monkeypatch, tmp_path):
     folder = checkpoint("deepseek_v3")
@@ -200,7 +130,7 @@ def test_a_run_that_died_at_any_step_goes_on_to_the_same_bytes(recipe, checkpoin
             shutil.rmtree(tmp_path / "streamed")
 
 
-def kill_until_done(command, environment, output, seconds, kills):
+def kill_until_done(command, environment, seconds, kills):
     """Start a command again and again, killing it after a random time; returns how often it was killed."""
     generator, killed = random.Random(0), 0
     while True:
@@ -235,54 +165,6 @@ def test_killed_by_sigkill_it_goes_on_to_the_same_bytes(allocation, checkpoint, 
     subprocess.run(command, check=True, env=os.environ)
     seconds = time.perf_counter() - start
     shutil.rmtree(tmp_path / "streamed")
-    assert kill_until_done(command, dict(os.environ), tmp_path / "streamed", seconds, kills=4) > 0
+    assert kill_until_done(command, dict(os.environ), seconds, kills=4) > 0
     assert content(tmp_path / "streamed") == content(tmp_path / "expected")
     assert not (tmp_path / "streamed.partial").exists()
-
-
-@pytest.fixture
-def unfinished(own_checkpoint, stream, monkeypatch):
-    """A checkpoint whose run died after its first layer."""
-    original = OutputShards.write
-
-    def dying(self, number, *args):
-        if number == 1:
-            raise Killed
-        return original(self, number, *args)
-
-    monkeypatch.setattr(OutputShards, "write", dying)
-    with pytest.raises(Killed):
-        stream(own_checkpoint)
-    monkeypatch.setattr(OutputShards, "write", original)
-    return own_checkpoint
-
-
-def test_another_recipe_or_other_data_is_refused_with_the_difference(unfinished, stream, tokens, tmp_path):
-    with pytest.raises(ValueError, match=r"recipe\.keep was 0\.5, is 0\.25.*delete that folder"):
-        stream(unfinished, keep=0.25)
-    with pytest.raises(ValueError, match=r"calibration\.sha256 was"):
-        stream(unfinished, data=tokens + 1)
-    assert len(list((tmp_path / "streamed.partial" / "model").glob("*.safetensors"))) == 1
-    assert stream(unfinished).streaming_summary.resumed_visits == 1
-
-
-def test_a_model_that_changed_between_the_runs_is_refused(unfinished, stream):
-    shard = next(unfinished.glob("*.safetensors"))
-    os.utime(shard, ns=(0, 0))
-    with pytest.raises(ValueError, match=rf"model\.shards\.{shard.name}\.modified was"):
-        stream(unfinished)
-
-
-def test_an_unfinished_result_is_no_model(unfinished, tmp_path):
-    with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "streamed.partial" / "model")
-
-
-def test_a_line_of_the_journal_that_was_cut_short_does_not_count(tmp_path):
-    journal = Journal(tmp_path, {"a": 1})
-    journal.append({"step": "layer", "layer": 0})
-    journal.append({"step": "layer", "layer": 1})
-    path = tmp_path / JOURNAL_FILE
-    path.write_bytes(path.read_bytes()[:-3])
-    assert list(Journal(tmp_path, {"a": 1}).done("layer")) == [0]
-    assert compare({"a": {"b": 1}}, {"a": {"c": 2}}) == ["a.b was 1, is not there", "a.c was not there, is 2"]

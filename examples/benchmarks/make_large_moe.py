@@ -1,6 +1,7 @@
 """Write a random Qwen3-MoE-like checkpoint of any size, in bfloat16, sharded, tensor by tensor.
 
-Memory: one tensor. Time: about as long as the disk takes. Experts are stored one by one, as on the Hub.
+Memory: one tensor and 64 MB of random numbers, of which each tensor is a passage. Time: that of the disk. Experts are
+stored one by one, as on the Hub.
 
     python examples/benchmarks/make_large_moe.py --output /tmp/large --gigabytes 12
 """
@@ -15,6 +16,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 BYTES_PER_NUMBER = 2
+POOL = 2**24  # random numbers; more than a tensor of an expert has
 
 
 def main() -> None:
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384, help="of one expert")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--shard-gigabytes", type=float, default=0.5)
+    parser.add_argument("--shard-gigabytes", type=float, default=0.2)
     args = parser.parse_args()
     config = configuration(args)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -76,17 +78,18 @@ def write_shards(shapes: dict[str, tuple[int, ...]], folder: Path, shard_bytes: 
         size += num_bytes
     weight_map, total = {}, 0
     generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(POOL, generator=generator)
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        total += write_shard(folder / file, {name: shapes[name] for name in names}, generator)
+        total += write_shard(folder / file, {name: shapes[name] for name in names}, pool, generator)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
 
 
-def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> int:
-    """One safetensors file, its tensors drawn one at a time."""
+def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], pool: torch.Tensor, generator: torch.Generator) -> int:
+    """One safetensors file, its tensors taken from random places of `pool`, one at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         begin, end = end, end + torch.Size(shape).numel() * BYTES_PER_NUMBER
@@ -100,7 +103,10 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], generator: torch
                 tensor = torch.ones(shape, dtype=torch.bfloat16)
             else:
                 scale = 1.0 if "embed" in name else shape[-1] ** -0.5
-                tensor = (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
+                count = torch.Size(shape).numel()
+                start = int(torch.randint(POOL - min(count, POOL) + 1, (1,), generator=generator))
+                numbers = pool if count <= POOL else pool.repeat(-(-count // POOL))
+                tensor = (numbers[start : start + count] * scale).to(torch.bfloat16).reshape(shape)
             file.write(tensor.view(torch.uint8).numpy().tobytes())
     return end
 

@@ -32,7 +32,9 @@ def main() -> None:
     print(f"{'layers':>6} {'GB':>6} {'executor':>10} {'seconds':>8} {'peak MB':>8} {'read GB':>8} {'written GB':>10}")
     for layers in args.layers:
         model, output = args.folder / f"model-{layers}", args.folder / "output"
-        subprocess.run([sys.executable, MAKE, "--output", model, "--layers", str(layers)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, MAKE, "--output", model, "--layers", str(layers)], check=True, capture_output=True
+        )
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         for executor in ["streaming"] + ["in_memory"] * (layers <= args.in_memory_up_to):
             options = ["--allocation", args.allocation, "--rows", str(args.rows)]

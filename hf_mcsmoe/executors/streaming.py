@@ -29,7 +29,7 @@ from .decoder_stack import DecoderStack
 from .journal import JOURNAL_FILE, Journal
 from .output_shards import is_disk_full, publish
 from .shards import NotStreamableError, Shards
-from .skeleton import open_skeleton
+from .skeleton import open_skeleton, targets
 from .streaming_run import StreamingRun, StreamingSummary
 
 ONE_PASS_ALLOCATIONS = ("uniform",)  # these do not look at the statistics of other layers
@@ -83,6 +83,7 @@ def compress_by_streaming(
     model = open_skeleton(path, config, shards, dtype, device)
     layers, excluded = resolve_layers(find_layers(model), recipe)
     DecoderStack(model, layers)  # refuses before a file is written
+    target_of = targets(model, shards)
     before = count(model)
     working = working_folder(output)
     journal = Journal(working, fingerprint(model, shards, recipe, data, device))
@@ -98,6 +99,7 @@ def compress_by_streaming(
             run = StreamingRun(
                 model,
                 shards,
+                target_of,
                 layers,
                 recipe,
                 data,

@@ -24,7 +24,7 @@ from .in_memory import HeldOutSample, collect_statistics
 from .journal import Journal
 from .output_shards import OutputShards
 from .shards import Shards
-from .skeleton import load_tensors, release, stored_tensors, targets, tied_names
+from .skeleton import load_tensors, release, stored_tensors, tied_names
 
 
 @dataclass
@@ -55,6 +55,7 @@ class StreamingRun:
     Args:
         model: Without weights, see `open_skeleton`.
         shards: Where the weights are.
+        target_of: See `targets`.
         layers: The MoE layers to compress.
         recipe: How.
         data: On what.
@@ -68,6 +69,7 @@ class StreamingRun:
         self,
         model: PreTrainedModel,
         shards: Shards,
+        target_of: dict[str, str],
         layers: list[MoeLayer],
         recipe: Recipe,
         data: Calibration,
@@ -90,7 +92,7 @@ class StreamingRun:
             self.layers_of[self.stack.index_of(f"{layer.name}.")].append(layer)
         self.last_moe = max(index for index, found in self.layers_of.items() if found)
         self.names_of: dict[int | None, list[str]] = {index: [] for index in [None, *self.layers_of]}
-        for name, target in targets(model, shards).items():
+        for name, target in target_of.items():
             self.names_of[self.stack.index_of(target)].append(name)
         head = model.get_output_embeddings()
         of_head = {f"{path}." for path, module in model.named_modules() if module is head and head is not None}
