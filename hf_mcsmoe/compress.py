@@ -83,21 +83,14 @@ def compress_moe(
             what only the statistics can show.
         FileExistsError: `output_dir` is not empty.
     """
-    # Here, because streaming is built on what this file offers.
-    from .executors.streaming import (
-        NotStreamableError,
-        choose_executor,
-        compress_by_streaming,
-        is_published,
-        written_bytes,
-    )
+    from .executors import streaming  # here, because it is built on what this file offers
 
     start = time.perf_counter()
     recipe = as_recipe(config)
     path = model if isinstance(model, str | Path) else None
     unpacking = None
-    streams = choose_executor(executor, path, output_dir, device_map)
-    output = check_output_folder(output_dir, overwrite or (streams and is_published(output_dir)))
+    streams = streaming.choose_executor(executor, path, output_dir, device_map)
+    output = check_output_folder(output_dir, overwrite or (streams and streaming.is_published(output_dir)))
     if path is not None:
         config_of_path = read_config(path, trust_remote_code=trust_remote_code)
         unpacking = dequantizing_config(config_of_path)
@@ -109,7 +102,7 @@ def compress_moe(
     if path is None:
         refuse_quantized(model)
     if output is not None:
-        done = written_bytes(output) if streams else 0
+        done = streaming.written_bytes(output) if streams else 0
         check_free_space(output, plan(described, recipe).total_bytes_after - done)
     data = load_calibration(
         calibration,
@@ -121,16 +114,13 @@ def compress_moe(
         vocab_size=reading_part(described).get_input_embeddings().num_embeddings,
     )
     if streams:
-        given = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "progress": progress}
-        given["hidden_states_bytes"] = hidden_states_bytes
-        try:
-            return compress_by_streaming(path, config_of_path, recipe, data, output, **given)
-        except NotStreamableError as reason:
-            logger.warning(
-                f"{str(path)!r} cannot be streamed: {reason}. It is loaded with device_map='auto' instead: layers "
-                "that do not fit in memory stay on the disk."
-            )
-            device_map = "auto"
+        where = {"device": device, "hidden_states_bytes": hidden_states_bytes, "progress": progress}
+        result = streaming.stream_if_possible(
+            path, config_of_path, recipe, data, output, tokenizer=tokenizer, dtype=dtype, **where
+        )
+        if result is not None:
+            return result
+        device_map = "auto"
     if path is not None:
         how = {"quantization_config": unpacking} if unpacking is not None else {}
         model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **how)

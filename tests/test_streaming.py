@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -102,32 +103,42 @@ def test_hidden_states_come_back_from_file_and_from_memory(tmp_path):
         assert torch.equal(again.read(position), batch)
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_run_that_died_at_any_step_goes_on_to_the_same_bytes(recipe, checkpoint, stream, monkeypatch, tmp_path):
+SLOW = pytest.mark.slow
+STEPS = {
+    "journal": (Journal, "append"),
+    "write": (OutputShards, "write"),
+    "finish": (OutputShards, "finish"),
+    "forward": (StreamingRun, "_forward"),
+}
+
+
+@pytest.mark.parametrize("place", [1, pytest.param(0, marks=SLOW), pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("recipe", [RECIPES["mapped-global"], pytest.param(RECIPES["native"], marks=SLOW)])
+def test_a_run_that_died_at_any_step_goes_on_to_the_same_bytes(
+    recipe, step, place, checkpoint, stream, monkeypatch, tmp_path
+):
     folder = checkpoint("deepseek_v3")
     stream(folder, output="expected", **recipe)
-    steps = [(Journal, "append"), (OutputShards, "write"), (OutputShards, "finish"), (StreamingRun, "_forward")]
-    for owner, name in steps:
-        original = getattr(owner, name)
-        for place in range(1, 4):
-            calls = iter(range(100))
+    owner, name = STEPS[step]
+    original, calls = getattr(owner, name), count()
 
-            def dying(*args, original=original, calls=calls, place=place, **kwargs):
-                if next(calls) == place:
-                    raise Killed
-                return original(*args, **kwargs)
+    def dying(*args, **kwargs):
+        if next(calls) == (0 if step == "finish" else place):
+            raise Killed
+        return original(*args, **kwargs)
 
-            monkeypatch.setattr(owner, name, dying)
-            try:
-                stream(folder, **recipe)
-            except Killed:
-                assert not (tmp_path / "streamed").exists()
-                monkeypatch.setattr(owner, name, original)
-                assert stream(folder, **recipe).streaming_summary.resumed_visits >= place - 1 - (owner is Journal)
-            monkeypatch.setattr(owner, name, original)
-            assert content(tmp_path / "streamed") == content(tmp_path / "expected")
-            assert texts(tmp_path / "streamed") == texts(tmp_path / "expected")
-            shutil.rmtree(tmp_path / "streamed")
+    monkeypatch.setattr(owner, name, dying)
+    with pytest.raises(Killed):
+        stream(folder, **recipe)
+    assert not (tmp_path / "streamed").exists()
+    monkeypatch.setattr(owner, name, original)
+    resumed = stream(folder, **recipe).streaming_summary.resumed_visits
+    assert (
+        resumed == {"journal": place - 1, "write": 3 + place, "finish": 6, "forward": place}[step] if place else True
+    )
+    assert content(tmp_path / "streamed") == content(tmp_path / "expected")
+    assert texts(tmp_path / "streamed") == texts(tmp_path / "expected")
 
 
 def kill_until_done(command, environment, seconds, kills):

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..allocation import ALLOCATION
 from ..calibration import Calibration
@@ -31,6 +32,8 @@ from .output_shards import is_disk_full, publish
 from .shards import NotStreamableError, Shards
 from .skeleton import open_skeleton, targets
 from .streaming_run import StreamingRun, StreamingSummary
+
+logger = logging.get_logger(__name__)
 
 ONE_PASS_ALLOCATIONS = ("uniform",)  # these do not look at the statistics of other layers
 HIDDEN_STATES_BYTES = 2**30
@@ -78,6 +81,8 @@ def compress_by_streaming(
         ValueError: The checkpoint is damaged, or an unfinished run of something else is in the way.
         OSError: The disk is full; finished layers stay, and the same call goes on.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamableError("its weights are quantized")
     shards = Shards(path)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
@@ -125,6 +130,18 @@ def compress_by_streaming(
     result = described_result(output)
     result.streaming_summary = summary
     return result
+
+
+def stream_if_possible(path: str | os.PathLike, *args: Any, **kwargs: Any) -> PreTrainedModel | None:
+    """`compress_by_streaming`, or None and a warning for a model that cannot be streamed."""
+    try:
+        return compress_by_streaming(path, *args, **kwargs)
+    except NotStreamableError as reason:
+        logger.warning(
+            f"{str(path)!r} cannot be streamed: {reason}. It is loaded with device_map='auto' instead: layers that do "
+            "not fit in memory stay on the disk."
+        )
+        return None
 
 
 def stream(run: StreamingRun, one_pass: bool) -> None:
