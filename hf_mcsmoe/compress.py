@@ -114,10 +114,9 @@ def compress_moe(
         vocab_size=reading_part(described).get_input_embeddings().num_embeddings,
     )
     if streams:
-        where = {"device": device, "hidden_states_bytes": hidden_states_bytes, "progress": progress}
-        result = streaming.stream_if_possible(
-            path, config_of_path, recipe, data, output, tokenizer=tokenizer, dtype=dtype, **where
-        )
+        how = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "progress": progress}
+        how |= {"hidden_states_bytes": hidden_states_bytes, "trust_remote_code": trust_remote_code}
+        result = streaming.stream_if_possible(path, config_of_path, recipe, data, output, **how)
         if result is not None:
             return result
         device_map = "auto"

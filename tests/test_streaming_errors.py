@@ -11,11 +11,12 @@ from tiny_models import tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_mcsmoe import Recipe, compress_moe
+from hf_mcsmoe import Recipe, compress_moe, load_calibration
 from hf_mcsmoe.executors.decoder_stack import DecoderStack
 from hf_mcsmoe.executors.journal import JOURNAL_FILE, Journal, compare
 from hf_mcsmoe.executors.output_shards import OutputShards
 from hf_mcsmoe.executors.shards import NotStreamableError, Shards
+from hf_mcsmoe.executors.streaming import compress_by_streaming
 
 
 @pytest.fixture
@@ -42,6 +43,12 @@ def test_another_recipe_or_other_data_is_refused_with_the_difference(unfinished,
         stream(unfinished, data=tokens + 1)
     assert len(list((tmp_path / "streamed.partial" / "model").glob("*.safetensors"))) == 1
     assert stream(unfinished).streaming_summary.resumed_visits == 1
+
+
+def test_a_finished_layer_that_is_gone_is_missed(unfinished, stream, tmp_path):
+    next((tmp_path / "streamed.partial" / "model").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="is gone or was changed"):
+        stream(unfinished)
 
 
 def test_a_model_that_changed_between_the_runs_is_refused(unfinished, stream):
@@ -179,6 +186,32 @@ def test_an_executor_that_cannot_be_is_refused(changes, checkpoint, tokens, tmp_
     given = {"output_dir": tmp_path / "streamed", **changes}
     with pytest.raises(ValueError, match="executor"):
         compress_moe(checkpoint("qwen3_moe"), Recipe(), calibration=tokens, **given)
+
+
+@pytest.mark.parametrize("reason", ["its weights are quantized", "it brings its own code"])
+def test_models_that_are_never_streamed(reason, tokens, tmp_path):
+    config = tiny_config("qwen3_moe")
+    setattr(config, *(("quantization_config", {}) if "quantized" in reason else ("auto_map", {"AutoModel": "x.Y"})))
+    data = load_calibration(tokens)
+    with pytest.raises(NotStreamableError, match=reason):
+        compress_by_streaming(tmp_path, config, Recipe(), data, tmp_path / "streamed", trust_remote_code=True)
+
+
+def test_a_run_killed_while_cleaning_up_gives_its_result(checkpoint, stream, monkeypatch, tmp_path):
+    def killed(folder, **_):
+        if folder.name.endswith(".partial"):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_mcsmoe.executors.streaming.shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            stream(checkpoint("qwen3_moe"))
+    before = content(tmp_path / "streamed")
+    assert before and (tmp_path / "streamed.partial").exists()
+    assert stream(checkpoint("qwen3_moe")).compression_report.layers
+    assert content(tmp_path / "streamed") == before and not (tmp_path / "streamed.partial").exists()
+    with pytest.raises(FileExistsError):
+        stream(checkpoint("qwen3_moe"))
 
 
 class Meddling(nn.Module):

@@ -32,7 +32,8 @@ def main() -> None:
     if args.run:
         run(*args.run, allocation=args.allocation, rows=args.rows)
         return
-    print(f"{'layers':>6} {'GB':>6} {'executor':>10} {'seconds':>8} {'peak MB':>8} {'read GB':>8} {'written GB':>10}")
+    columns = ("layers", "GB", "executor", "seconds", "CPU s", "peak MB", "read GB", "written GB")
+    print(" ".join(f"{column:>10}" for column in columns))
     for layers in args.layers:
         model, output = args.folder / f"model-{layers}", args.folder / "output"
         subprocess.run(
@@ -44,11 +45,10 @@ def main() -> None:
             command = [sys.executable, __file__, *options, "--run", model, output, executor]
             printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout
             row = json.loads(printed.splitlines()[-1])
-            print(
-                f"{layers:>6} {size / 1e9:>6.2f} {executor:>10} {row['seconds']:>8.1f} {row['peak_mb']:>8.0f} "
-                f"{row['read'] / 1e9:>8.2f} {row['written'] / 1e9:>10.2f}",
-                flush=True,
-            )
+            gigabytes = [f"{row[name] / 1e9:.2f}" for name in ("read", "written")]
+            times = [f"{row[name]:.1f}" for name in ("seconds", "cpu", "peak_mb")]
+            values = (layers, f"{size / 1e9:.2f}", executor, *times, *gigabytes)
+            print(" ".join(f"{value:>10}" for value in values), flush=True)
             shutil.rmtree(output)
         shutil.rmtree(model)
 
@@ -63,17 +63,24 @@ def run(model: str, output: str, executor: str, *, allocation: str, rows: int) -
     recipe = MergedSparseMoeConfig.from_preset("m-smoe", keep=0.5, allocation=allocation)
     # What it takes to import torch and transformers is not the executor's.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     result = compress_moe(
         model, recipe, calibration=tokens, batch_size=4, output_dir=output, executor=executor, progress=False
     )
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     summary = getattr(result, "streaming_summary", None)
     sizes = [sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) for path in (model, output)]
     read, written = (summary.bytes_read, summary.bytes_written) if summary else sizes
     steps = summary.seconds_of_step if summary else {}
-    row = {"seconds": seconds, "peak_mb": peak / 1024, "import_mb": before / 1024, "read": read, "written": written}
+    row = {
+        "seconds": seconds,
+        "cpu": cpu,
+        "peak_mb": peak / 1024,
+        "import_mb": before / 1024,
+        "read": read,
+        "written": written,
+    }
     print(json.dumps({**row, "steps": steps}))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from ..families import reading_part
 from ..types import MoeLayer
 from .shards import NotStreamableError
 
@@ -93,7 +94,7 @@ class ActiveLayer:
         """The output for one batch."""
         self.given, self.placeholder = hidden_states, None
         try:
-            self.stack.model(**inputs)
+            reading_part(self.stack.model)(**inputs)
         except LayerDone as done:
             return self._hidden_states(done.output)
         raise NotStreamableError(f"its forward does not run {self.name!r}")

@@ -51,6 +51,7 @@ def compress_by_streaming(
     device: str | torch.device = "auto",
     hidden_states_bytes: int = HIDDEN_STATES_BYTES,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Compress a checkpoint into the folder `output`, with the same result as `compress_in_memory`.
 
@@ -71,6 +72,7 @@ def compress_by_streaming(
         device: Where layers are computed; "auto" is the GPU where there is one.
         hidden_states_bytes: Most bytes of calibration hidden states to keep in RAM.
         progress: Show progress bars.
+        trust_remote_code: Whether the model's own Python file would be run; such models are not streamed.
 
     Returns:
         The compressed model with its weights on the meta device (load `output` to run it), and the attributes
@@ -81,8 +83,7 @@ def compress_by_streaming(
         ValueError: The checkpoint is damaged, or an unfinished run of something else is in the way.
         OSError: The disk is full; finished layers stay, and the same call goes on.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotStreamableError("its weights are quantized")
+    check_streamable(config, trust_remote_code)
     shards = Shards(path)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
@@ -130,6 +131,14 @@ def compress_by_streaming(
     result = described_result(output)
     result.streaming_summary = summary
     return result
+
+
+def check_streamable(config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Raise NotStreamableError for what the configuration alone rules out."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamableError("its weights are quantized")
+    if trust_remote_code and getattr(config, "auto_map", None):
+        raise NotStreamableError("it brings its own code")
 
 
 def stream_if_possible(path: str | os.PathLike, *args: Any, **kwargs: Any) -> PreTrainedModel | None:

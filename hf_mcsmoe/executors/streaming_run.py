@@ -100,6 +100,7 @@ class StreamingRun:
         self.tied = tied_names(model)
         self.originally = [count(module) for module in self.stack.modules]
         self.prefetcher = ThreadPoolExecutor(max_workers=1)
+        self._check_written()
 
     def read_before_stack(self) -> None:
         """Give everything outside of the decoder layers its weights, except the output head."""
@@ -174,6 +175,15 @@ class StreamingRun:
     def written(self) -> list[dict[str, Any]]:
         """What was written, one record a shard."""
         return [record for record in self.journal.records if record["step"] in ("layer", "rest")]
+
+    def _check_written(self) -> None:
+        for record in self.written():
+            file = self.output.folder / record["file"]
+            if not file.exists() or file.stat().st_size != record["bytes"]:
+                raise ValueError(
+                    f"{str(file)!r} was written by an earlier run, but is gone or was changed. "
+                    f"Delete {str(self.journal.folder)!r} to start afresh."
+                )
 
     def count_after(self, before: tuple[int, int]) -> tuple[int, int]:
         """(parameters, bytes) of the result, when the original has `before`."""
