@@ -1,7 +1,7 @@
 """What streaming costs against compressing in memory: peak memory for more and more layers, wall time, bytes.
 
 Every run is a process of its own, because the peak of a process never falls. On the CPU, oneDNN and PyTorch each keep
-their 1024 latest bfloat16 kernels, which takes up to 1.5 GB with any executor; the runs let them keep 8. Takes some ten
+their 1024 latest bfloat16 kernels, up to 1.5 GB with any executor; the runs let them keep 8. Takes some ten
 minutes on 2 CPU cores.
 
     python examples/benchmarks/streaming_memory.py --folder /tmp/streaming --layers 4 8 16 32
