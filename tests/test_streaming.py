@@ -1,7 +1,5 @@
 import json
-import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.executors.hidden_states import HiddenStates
-from hf_mcsmoe.executors.journal import Journal
+from hf_mcsmoe.executors.journal import JOURNAL_FILE, Journal
 from hf_mcsmoe.executors.output_shards import OutputShards
 from hf_mcsmoe.executors.streaming_run import StreamingRun
 
@@ -139,21 +137,21 @@ def test_a_run_that_died_at_any_step_goes_on_to_the_same_bytes(
     assert texts(tmp_path / "streamed") == texts(tmp_path / "expected")
 
 
-def kill_until_done(command, environment, seconds, kills):
-    """Start a command again and again, killing it after a random time; returns how often it was killed."""
+def kill_until_done(command, journal, kills):
+    """Start a command again and again, killing it soon after its next finished step; returns how often it was."""
     generator, killed = random.Random(0), 0
     while True:
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        try:
-            wait = generator.uniform(0.3, 1.0) * seconds if killed < kills else None
-            assert process.wait(wait) == 0, process.stderr.read().decode()
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        before = len(journal.read_bytes().splitlines()) if journal.exists() else 0
+        while process.poll() is None:
+            time.sleep(0.001)
+            if killed < kills and journal.exists() and len(journal.read_bytes().splitlines()) > before:
+                time.sleep(generator.uniform(0, 0.03))
+                process.send_signal(signal.SIGKILL)
+                killed += process.wait() == -signal.SIGKILL
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0
             return killed
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-        finally:
-            process.stderr.close()
 
 
 @pytest.mark.slow
@@ -170,10 +168,6 @@ def test_killed_by_sigkill_it_goes_on_to_the_same_bytes(allocation, checkpoint, 
     folder = checkpoint("deepseek_v3")
     stream(folder, output="expected", allocation=allocation)
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), folder, tmp_path / "streamed"]
-    start = time.perf_counter()
-    subprocess.run(command, check=True, env=os.environ)
-    seconds = time.perf_counter() - start
-    shutil.rmtree(tmp_path / "streamed")
-    assert kill_until_done(command, dict(os.environ), seconds, kills=4) > 0
+    assert kill_until_done(command, tmp_path / "streamed.partial" / JOURNAL_FILE, kills=4) == 4
     assert content(tmp_path / "streamed") == content(tmp_path / "expected")
     assert not (tmp_path / "streamed.partial").exists()
