@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tiny_models import CAUSAL_FAMILIES, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import MergedSparseMoeConfig, compress_moe
+from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe
 
 torch.set_num_threads(1)  # sums of a tiny model in one order, whatever the machine
 
@@ -62,3 +64,33 @@ def compress(original, tokens) -> Callable[..., PreTrainedModel]:
 def compressed(compress) -> Callable[[str, str], PreTrainedModel]:
     """`compressed(model_type, layout)`: the tiny model with half of its experts. Shared: do not change it."""
     return functools.cache(lambda model_type, layout: compress(model_type, layout=layout))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """`checkpoint(model_type)`: folder of a tiny bfloat16 model in several shards. Shared: do not change it."""
+
+    @functools.cache
+    def save(model_type):
+        folder = tmp_path_factory.mktemp(model_type)
+        tiny_model(model_type).to(torch.bfloat16).save_pretrained(folder, max_shard_size="30KB")
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint, tmp_path):
+    """A copy of the tiny Qwen3 MoE checkpoint, to be damaged."""
+    return Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "model"))
+
+
+@pytest.fixture
+def stream(tokens, tmp_path):
+    """`stream(folder, **recipe)`: what compress_moe makes of a checkpoint in tmp_path / "streamed"."""
+
+    def run(folder, *, output="streamed", data=tokens, **changes):
+        recipe = Recipe(**{"allocation": "uniform", **changes})
+        return compress_moe(folder, recipe, calibration=data, output_dir=tmp_path / output, progress=False)
+
+    return run

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,6 +157,7 @@ def collect_statistics(
     *,
     seed: int = 0,
     progress: bool = True,
+    forward: Callable[[int, dict[str, Any]], Any] | None = None,
 ) -> tuple[dict[str, LayerStatistics], dict[str, HeldOutSample]]:
     """Run the model once over the calibration data.
 
@@ -169,6 +170,8 @@ def collect_statistics(
         needs: Fields of `LayerStatistics` to collect.
         seed: Which held-out tokens are sampled.
         progress: Show a progress bar.
+        forward: Runs what is to be watched, given the position of a batch and the model's arguments; None runs
+            the model.
 
     Returns:
         Statistics and held-out sample by the name of the layer; without the layers that no token reached, such as
@@ -187,13 +190,15 @@ def collect_statistics(
         with ExitStack() as stack:
             for observer in observers:
                 stack.enter_context(observer.attached())
-            for batch in tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2):
+            bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
+            for position, batch in enumerate(bar):
                 limit = math.ceil(HELD_OUT_TOKENS / num_held_out) if batch.held_out else None
                 batch = with_decoder_inputs(batch, model)
                 announce(observers, batch, limit, generator, input_device(model))
                 inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
                 called, inputs = forward_call(model, inputs)
-                called(**inputs, **cheap_forward(called))
+                inputs |= cheap_forward(called)
+                called(**inputs) if forward is None else forward(position, inputs)
     finally:
         model.train(was_training)
     observers = join_tied(observers)

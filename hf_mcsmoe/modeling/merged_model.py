@@ -50,6 +50,8 @@ from hf_mcsmoe import (  # noqa: F401
 class MergedMoeMixin:
     """What a mapped model adds to the class of its original architecture."""
 
+    saves_original_format = False  # whether save_pretrained stores tensors like the original architecture does
+
     # PreTrainedModel treats classes outside of transformers as custom code and then skips the family's
     # checkpoint conversions.
     @classmethod
@@ -91,7 +93,7 @@ class MergedMoeMixin:
         and leaves experts that a checkpoint stores one by one as they are. Nor could the format of Ernie 4.5 VL,
         one list of experts for two layers, hold different numbers of them.
         """
-        kwargs.setdefault("save_original_format", False)
+        kwargs.setdefault("save_original_format", self.saves_original_format)
         hub_arguments = ("repo_id", "commit_message", "private", "create_pr", "revision")
         hub = {name: kwargs.pop(name) for name in hub_arguments if name in kwargs and push_to_hub}
         state_dict = offloaded_state_dict(self) if state_dict is None else state_dict

@@ -1,0 +1,100 @@
+"""What a compressed model is: its class, its configuration, its sizes and its report."""
+
+import platform
+import time
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .calibration import Calibration
+from .config import FORMAT_VERSION
+from .modeling.merged_model import merged_class
+from .modeling.native_config import adopt_native
+from .recipe import Recipe
+from .types import CompressionReport, LayerReport, MoeLayer
+
+
+def conclude(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    data: Calibration,
+    layers: list[MoeLayer],
+    reports: list[LayerReport],
+    layouts: dict[str, Any],
+    *,
+    paths: set[str],
+    before: tuple[int, int],
+    after: tuple[int, int] | None = None,
+    start: float,
+    warnings: list[str],
+) -> None:
+    """Make a model whose layers are compressed what it is now, and attach its report.
+
+    Args:
+        model: Changed in place; its weights may be on the meta device.
+        recipe: What was done.
+        data: What it was done with.
+        layers: The layers that it was done to.
+        reports: One for each of them.
+        layouts: Their entries in a mapped checkpoint, by name.
+        paths: Configurations that count experts, for the native layout.
+        before: What `count` gave for the original model.
+        after: What it gives for the result; None: it is counted.
+        start: `time.perf_counter()` when the work began.
+        warnings: For the report.
+    """
+    architecture, name_or_path = type(model).__name__, model.config.name_or_path or None
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "scipy")}
+    versions |= {"hf_mcsmoe": package_version(), "python": platform.python_version()}
+    fingerprint = data.fingerprint()
+    if recipe.layout == "mapped":
+        provenance = {"base_model": name_or_path, "calibration": fingerprint, "versions": versions}
+        adopt_mapped(model, recipe, layouts, architecture, provenance)
+    else:
+        adopt_native(model, layers, paths, reports[0].num_experts_after)
+    after = after or count(model)
+    model.compression_report = CompressionReport(
+        recipe=recipe.to_dict(),
+        calibration=fingerprint,
+        layers=reports,
+        base_model=name_or_path,
+        base_architecture=architecture,
+        total_parameters_before=before[0],
+        total_parameters_after=after[0],
+        total_bytes_before=before[1],
+        total_bytes_after=after[1],
+        seconds=time.perf_counter() - start,
+        versions=versions,
+        warnings=warnings,
+    )
+
+
+def adopt_mapped(
+    model: PreTrainedModel, recipe: Recipe, layouts: dict[str, Any], architecture: str, provenance: dict[str, Any]
+) -> None:
+    """Make the model an instance of the mapped version of its class, with the layout in its configuration."""
+    model.config.merged_sparse_moe = {
+        "recipe": recipe.to_dict(),
+        "base_architecture": architecture,
+        "layers": layouts,
+        "provenance": provenance,
+        "format_version": FORMAT_VERSION,
+    }
+    model.__class__ = merged_class(type(model))
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(parameters, bytes of all parameters) of a model, tied ones once, offloaded ones included."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    # Weights that Accelerate keeps elsewhere are different objects although they are tied.
+    stored = [named.get(tied.get(name, name), parameter) for name, parameter in named.items()]
+    parameters = {id(parameter): parameter for parameter in stored}.values()
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def package_version() -> str:
+    """Version of this package as installed."""
+    return version("hf-mcsmoe")
