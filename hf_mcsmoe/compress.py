@@ -45,7 +45,7 @@ def compress_moe(
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
-    executor: str = "auto",
+    executor: str = "in_memory",
     device: str | torch.device = "auto",
     hidden_states_bytes: int = 2**30,
 ) -> PreTrainedModel:
@@ -67,9 +67,10 @@ def compress_moe(
         dtype: For loading a path, as in `from_pretrained`.
         device_map: For loading a path, as in `from_pretrained`.
         trust_remote_code: For loading a path, as in `from_pretrained`.
-        executor: "streaming" reads, compresses and writes a path layer by layer and never holds more than two
-            decoder layers and the embeddings; a killed run goes on where it was when called again. "in_memory"
-            loads the whole model. "auto" streams from a path into an `output_dir` unless there is a `device_map`.
+        executor: "in_memory" loads the whole model. "streaming" reads, compresses and writes a path into `output_dir`
+            layer by layer and never holds more than two decoder layers and the embeddings; a killed run goes on
+            where it was when called again; a model that cannot be streamed is loaded instead, with a warning.
+            "auto" streams where path, `output_dir` and no `device_map` are given.
         device: Where streaming computes: "auto" is the GPU where there is one.
         hidden_states_bytes: Most bytes of calibration hidden states that streaming keeps in RAM.
 

@@ -91,6 +91,7 @@ def stream(tokens, tmp_path):
 
     def run(folder, *, output="streamed", data=tokens, **changes):
         recipe = Recipe(**{"allocation": "uniform", **changes})
-        return compress_moe(folder, recipe, calibration=data, output_dir=tmp_path / output, progress=False)
+        where = {"output_dir": tmp_path / output, "executor": "auto"}
+        return compress_moe(folder, recipe, calibration=data, **where, progress=False)
 
     return run

@@ -83,6 +83,7 @@ def test_padding_and_a_budget_for_hidden_states_do_not_matter(checkpoint, tokens
             calibration=batch,
             output_dir=tmp_path / name,
             hidden_states_bytes=budget,
+            executor="streaming",
             progress=False,
         )
     assert content(tmp_path / "none") == content(tmp_path / "some") == content(tmp_path / "all")
@@ -163,7 +164,7 @@ def test_killed_by_sigkill_it_goes_on_to_the_same_bytes(allocation, checkpoint, 
         from hf_mcsmoe import Recipe, compress_moe
         tokens = torch.randint(3, 150, (24, 20), generator=torch.Generator().manual_seed(0))
         compress_moe(sys.argv[1], Recipe(allocation={allocation!r}), calibration=tokens, output_dir=sys.argv[2],
-                     progress=False, overwrite=True)
+                     progress=False, overwrite=True, executor="streaming")
     """
     folder = checkpoint("deepseek_v3")
     stream(folder, output="expected", allocation=allocation)

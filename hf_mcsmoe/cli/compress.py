@@ -1,7 +1,7 @@
 """`hf-mcsmoe compress`: a smaller checkpoint from a model and a recipe."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +33,10 @@ def compress_command(
     device_map: options.DeviceMap = None,
     seed: options.Seed = None,
     overwrite: options.Overwrite = False,
+    executor: Annotated[
+        str,
+        typer.Option("--executor", help="in_memory, or streaming: layer by layer from the disk, for large models."),
+    ] = "in_memory",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Compress the experts of a model, and write checkpoint, tokenizer, report, recipe and model card.
@@ -57,6 +61,7 @@ def compress_command(
         overwrite=overwrite,
         dtype=dtype,
         device_map=device_map,
+        executor=executor,
         trust_remote_code=trust_remote_code,
     )
     show(result.compression_report)
