@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from ...expert_values import PackedExperts
 from ...types import ExpertWeights, MoeLayer
 from .base import FORMS, ExpertForm, become, empty_parameters
-from .routed_rows import add_by_expert, add_by_token, run_by_slot, sort_rows
+from .routed_rows import add_by_expert, run_by_slot, run_sorted, sort_rows
 
 
 @FORMS.register("ragged")
@@ -115,11 +115,7 @@ def grouped(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights
     There is no grouped kernel for groups that differ in rows and in columns, so experts run one after another on
     every device, after one synchronisation for the number of rows of each.
     """
-    rows = sort_rows(index, weights, module.num_stored)
-    inputs = hidden_states[rows.token]
-    parts = [module.run_expert(expert, inputs[part]) for expert, part in rows.of_experts()]
-    outputs = torch.cat(parts) if parts else hidden_states[:0]
-    return add_by_token(outputs, rows, hidden_states)
+    return run_sorted(module.run_expert, hidden_states, sort_rows(index, weights, module.num_stored))
 
 
 def batched(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
