@@ -30,6 +30,7 @@ class MoeFamily:
     observes_router: bool = False
     # Experts that are full leave tokens without output; which ones, a router cannot tell from a sample of them.
     has_capacity: bool = False
+    not_formed_because: str = ""  # why experts cannot be decomposed or have different widths; "" if they can
 
     def match(self, name: str, module: nn.Module) -> bool:
         """Whether `module` at path `name` holds the routed experts of one layer."""
@@ -76,6 +77,21 @@ class MoeFamily:
     def map_hooks(self, layer: MoeLayer) -> MapHooks | None:  # noqa: ARG002
         """How `layer.experts.expert_map` acts; None where the experts are called with slots and weights."""
         return None
+
+    def no_forms_because(self, layer: MoeLayer) -> str:  # noqa: ARG002
+        """Why the experts of a layer can have no other form than dense; "" if they can."""
+        return self.not_formed_because
+
+    def activation(self, layer: MoeLayer) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The function between an expert's matrices: (up (S, I), gate (S, I) or None) -> (S, I).
+
+        It can be copied and pickled together with the experts module. Dropout inside of experts is left out.
+        """
+        raise NotImplementedError
+
+    def finish(self, experts: nn.Module, output: Tensor) -> Tensor:  # noqa: ARG002
+        """What the experts module does to the outputs of its experts (S, D) besides weighting them."""
+        return output
 
     def logits_module(self, layer: MoeLayer) -> nn.Module:
         """The module whose output is, or holds, the router logits (..., N)."""

@@ -13,6 +13,8 @@ GATE, UP, DOWN = "mlp.w1", "mlp.v1", "mlp.w2"
 class FlatExperts(MoeFamily):
     """`mlp.w1` (gate), `mlp.v1` (up) and `mlp.w2` (down, transposed), each (N I, D)."""
 
+    not_formed_because = "DBRX multiplies all experts out of flat matrices"
+
     def match(self, name: str, module: nn.Module) -> bool:  # noqa: ARG002
         parameters = dict(module.named_parameters())
         return {GATE, UP, DOWN} <= set(parameters) and all(parameters[kind].dim() == 2 for kind in (GATE, UP, DOWN))

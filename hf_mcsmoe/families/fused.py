@@ -1,10 +1,14 @@
 """The standard of transformers 5: experts as 3-D parameters, called with the router's choice and weights."""
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
 from ..types import ExpertFormat, ExpertWeights, MoeLayer
 from .base import FAMILIES, ROUTED_ARGUMENTS, MoeFamily
@@ -89,6 +93,22 @@ class FusedExperts(MoeFamily):
             gate_bias, up_bias = split_gate_up(oriented["gate_up_proj_bias"], expert_format.is_interleaved)
         return ExpertWeights(gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias, **fields)
 
+    def no_forms_because(self, layer: MoeLayer) -> str:
+        needed = "_apply_gate" if layer.format.has_gate else "act_fn"
+        if self.not_formed_because or hasattr(layer.experts, needed):
+            return self.not_formed_because
+        return f"their class {type(layer.experts).__name__} does not tell its activation as {needed!r}"
+
+    def activation(self, layer: MoeLayer) -> Callable[[Tensor, Tensor | None], Tensor]:
+        if not layer.format.has_gate:
+            return functools.partial(activate, layer.experts)
+        return functools.partial(
+            activate_interleaved if layer.format.is_interleaved else activate_gated, layer.experts
+        )
+
+    def finish(self, experts: nn.Module, output: Tensor) -> Tensor:
+        return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output
+
     def route(self, layer: MoeLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         output = layer.router(*args, **kwargs)
         return output[2], output[1]
@@ -119,6 +139,23 @@ def split_gate_up(stacked: Tensor, is_interleaved: bool) -> tuple[Tensor, Tensor
         return stacked[:, ::2], stacked[:, 1::2]
     width = stacked.shape[1] // 2
     return stacked[:, :width], stacked[:, width:]
+
+
+def activate(module: nn.Module, up: Tensor, gate: None) -> Tensor:  # noqa: ARG001
+    """The activation of experts without a gate."""
+    return module.act_fn(up)
+
+
+def activate_gated(module: nn.Module, up: Tensor, gate: Tensor) -> Tensor:
+    """The activation of experts whose first matrix has all gate rows before all up rows."""
+    if type(module)._apply_gate is _default_apply_gate:
+        return module.act_fn(gate) * up  # what it does, without putting the two together first
+    return module._apply_gate(torch.cat([gate, up], dim=-1))
+
+
+def activate_interleaved(module: nn.Module, up: Tensor, gate: Tensor) -> Tensor:
+    """The activation of experts whose first matrix has gate and up rows in turn."""
+    return module._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
 
 
 FAMILIES.append(FusedExperts())

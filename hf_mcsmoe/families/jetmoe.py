@@ -18,6 +18,8 @@ class SortedExperts(MoeFamily):
     The attention of JetMoE has experts too (MoA), without gate; they stay as they are.
     """
 
+    not_formed_because = "JetMoE gives its experts sorted rows with a shared bias"
+
     layouts = ("mapped",)
     not_native_because = "its configuration has one number of experts for this layer and for the attention experts"
     observes_router = True

@@ -15,6 +15,8 @@ from .fused import FusedExperts
 class DenseExperts(FusedExperts):
     """Fused, transposed experts with one argument: N blocks of T rows, zero where the router did not choose."""
 
+    not_formed_because = "Llama 4 multiplies the input of its experts by their scores"
+
     observes_router = True
 
     def match(self, name: str, module: nn.Module) -> bool:  # noqa: ARG002

@@ -1,8 +1,10 @@
 """Experts as modules `expert_0` ... `expert_{N-1}` of a ModuleDict: Switch Transformers and NLLB-MoE."""
 
 import dataclasses
+import functools
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +73,18 @@ class ModuleDictExperts(MoeFamily):
         biases = [stacked.get(name.removesuffix("weight") + "bias") for name in (first, second)]
         return ExpertWeights(up=stacked[first], down=stacked[second], up_bias=biases[0], down_bias=biases[1])
 
+    def no_forms_because(self, layer: MoeLayer) -> str:
+        return "" if activation_of(layer) is not None else "its experts do not tell their activation as 'act'"
+
+    def activation(self, layer: MoeLayer) -> Callable[[Tensor, Tensor | None], Tensor]:
+        return functools.partial(activate, activation_of(layer))
+
+    def finish(self, experts: nn.Module, output: Tensor) -> Tensor:
+        rate = getattr(experts, "moe_token_dropout", 0)
+        if rate == 0:
+            return output
+        return experts.token_dropout(output) if experts.training else output * (1 - rate)
+
     def route(self, layer: MoeLayer, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         # Without the padding mask: the sampled tokens are all real.
         mask, weights, _ = layer.router(args[0])
@@ -101,6 +115,16 @@ class OneHotExperts(ModuleDictExperts):
         # Each token as a sequence of its own, because the sampled tokens are not one sequence that fills experts.
         one_hot, weights, _ = layer.router(args[0].flatten(0, -2)[:, None])
         return one_hot.argmax(-1), weights[:, 0]
+
+
+def activation_of(layer: MoeLayer) -> Callable[[Tensor], Tensor] | None:
+    """The activation function of the first expert."""
+    return getattr(layer.experts["expert_0"], "act", None)
+
+
+def activate(function: Callable[[Tensor], Tensor], up: Tensor, gate: None) -> Tensor:  # noqa: ARG001
+    """The activation of experts without a gate."""
+    return function(up)
 
 
 def count_experts(module: nn.ModuleDict) -> int:

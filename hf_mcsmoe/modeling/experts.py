@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..families import find_layers
 from ..families.names import NUM_EXPERTS_NAMES, NUM_ROWS_NAMES
 from ..types import MoeLayer
+from .forms import FORMS, ExpertForm, check_forms
 from .offload import execution_device, fetched, replace_tensor
 
 
@@ -66,11 +67,11 @@ def map_slots(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
 
 def can_skip_experts(module: nn.Module) -> bool:
-    """Whether index M is skipped: by transformers' grouped implementation with its sentinel masks switched on.
+    """Whether index M is skipped: by our own forms, and by transformers' grouped one with its sentinel masks on.
 
     Not under real expert parallelism, which uses that index itself; its modules hold fewer experts than M.
     """
-    return (
+    return isinstance(module, ExpertForm) or (
         getattr(module, "_is_expert_parallel", False)
         and module.num_experts == module.expert_map.num_experts
         and module.config._experts_implementation == "grouped_mm"
@@ -258,5 +259,10 @@ def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]
                 f"{type(model).__name__} has {[(x.name, x.num_slots) for x in candidates]} there. "
                 "The configuration does not belong to this architecture."
             )
-        shrink_experts(candidates[0], layout["num_experts"])
+        form = layout.get("form")
+        if form is None:
+            shrink_experts(candidates[0], layout["num_experts"])
+        else:
+            check_forms(candidates[0])
+            FORMS[form].build(candidates[0], layout)
         attach_expert_map(candidates[0], layout)

@@ -64,6 +64,38 @@ def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = kept
 
 
+def add_tensor(module: nn.Module, name: str, value: Tensor, requires_grad: bool | None) -> None:
+    """Give `module` a new direct parameter or buffer, kept where its other tensors are kept.
+
+    Args:
+        module: The module.
+        name: Not used by any of its tensors.
+        value: On the device where the module computes.
+        requires_grad: Of the parameter; None makes it a buffer.
+    """
+    is_parameter = requires_grad is not None
+    hook = getattr(module, "_hf_hook", None)
+    if has_offloaded_params(module) and (is_parameter or hook.offload_buffers):
+        _replace_in_store(hook.weights_map, name, value)
+        hook.original_devices[name] = torch.device("cpu")
+        value = value.to("meta")
+    if is_parameter:
+        module.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
+    else:
+        module.register_buffer(name, value)
+
+
+def remove_tensor(module: nn.Module, name: str) -> None:
+    """Take a direct parameter or buffer out of `module`, and out of the store that it is offloaded to.
+
+    Files on disk stay: another model may read them.
+    """
+    delattr(module, name)
+    if has_offloaded_params(module):
+        module._hf_hook.original_devices.pop(name, None)
+        _remove_from_store(module._hf_hook.weights_map, name)
+
+
 def offloaded_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """All tensors of a model, on the CPU, where `save_pretrained` would not find them itself; else None.
 
@@ -91,3 +123,17 @@ def _replace_in_store(store: Any, name: str, value: Tensor) -> None:
         save_file({name: value.cpu().contiguous()}, path)
         dtype = str(value.dtype).removeprefix("torch.")
         store.index[name] = {"safetensors_file": path, "weight_name": name, "dtype": dtype}
+    if isinstance(store, OffloadedWeightsLoader) and name not in store.all_keys:
+        store.all_keys.append(name)
+
+
+def _remove_from_store(store: Any, name: str) -> None:
+    """Let the mapping that an Accelerate hook reads its weights from forget a tensor."""
+    if isinstance(store, PrefixedDataset):
+        _remove_from_store(store.dataset, f"{store.prefix}{name}")
+    elif not isinstance(store, OffloadedWeightsLoader):
+        store.pop(name, None)
+    else:
+        store.state_dict.pop(name, None)
+        store.index.pop(name, None)
+        store.all_keys = [key for key in store.all_keys if key != name]

@@ -1,0 +1,113 @@
+"""Rows of tokens sorted by expert, and the sum of what experts gave back: shared by the forms' implementations."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedRows:
+    """The S = T k routed slots of a call sorted by expert, skipped ones (index M) last."""
+
+    place: Tensor  # (S,) int64: slot of the call that a sorted row is, counted choice by choice: j T + t
+    token: Tensor  # (S,) int64: its token
+    weight: Tensor  # (S,): its weight
+    counts: list[int]  # rows of each of the M experts; their sum is less than S where slots are skipped
+
+    def of_experts(self) -> Iterator[tuple[int, slice]]:
+        """Each expert that has rows, ascending, and which."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(start, start + count)
+            start += count
+
+
+def sort_rows(index: Tensor, weights: Tensor, num_experts: int) -> RoutedRows:
+    """Sort the routed slots of a call by expert.
+
+    Within an expert the first choices of all tokens come first, as in the eager experts of transformers, so that
+    sums have the same order. Reads the counts on the host: one synchronisation with a GPU, as there.
+
+    Args:
+        index: Expert of each slot, (T, k) int64 in [0, M]; M is skipped.
+        weights: (T, k).
+        num_experts: M.
+    """
+    experts, place = index.T.flatten().sort(stable=True)
+    counts = experts.bincount(minlength=num_experts + 1)[:num_experts].tolist()
+    return RoutedRows(place, place % len(index), weights.T.flatten()[place], counts)
+
+
+def add_by_expert(run_expert: Callable[[int, Tensor], Tensor], hidden_states: Tensor, rows: RoutedRows) -> Tensor:
+    """Run each expert on its tokens and add its weighted output at once: the eager implementation.
+
+    Args:
+        run_expert: (expert, inputs (S_e, D)) -> outputs (S_e, D).
+        hidden_states: (T, D).
+        rows: From `sort_rows`.
+
+    Returns:
+        (T, D) in the dtype of the hidden states, summed in it, experts in ascending order.
+    """
+    output = torch.zeros_like(hidden_states)
+    for expert, part in rows.of_experts():
+        token = rows.token[part]
+        weighted = run_expert(expert, hidden_states[token]) * rows.weight[part, None]
+        output.index_add_(0, token, weighted.to(output.dtype))
+    return output
+
+
+def run_sorted(run_expert: Callable[[int, Tensor], Tensor], hidden_states: Tensor, rows: RoutedRows) -> Tensor:
+    """Run each expert on its slice of sorted rows, then sum over each token's choices; see `add_sorted`."""
+    inputs = hidden_states[rows.token]
+    parts = [run_expert(expert, inputs[part]) for expert, part in rows.of_experts()]
+    outputs = torch.cat(parts) if parts else hidden_states[:0]
+    return add_sorted(outputs, rows.weight, rows.place, hidden_states)
+
+
+def add_sorted(outputs: Tensor, weight: Tensor, place: Tensor, hidden_states: Tensor) -> Tensor:
+    """Weight the outputs of sorted rows and sum them token by token, choice after choice.
+
+    Args:
+        outputs: Of all sorted rows, or of all but the skipped ones at the end, (S', D).
+        weight: Of each sorted row, (S,).
+        place: Slot j T + t of each sorted row, (S,) int64.
+        hidden_states: (T, D); T and the dtype of the result.
+
+    Returns:
+        (T, D); summed in the dtype of the weighted outputs. Deterministic: nothing is added atomically.
+    """
+    kept = len(outputs)
+    weighted = outputs * weight[:kept, None]
+    by_place = weighted.new_zeros(len(place), outputs.shape[1]).index_copy(0, place[:kept], weighted)
+    return by_place.view(-1, len(hidden_states), outputs.shape[1]).sum(0).to(hidden_states.dtype)
+
+
+def run_by_slot(
+    run_rows: Callable[[Tensor, Tensor], Tensor],
+    hidden_states: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    num_experts: int,
+) -> Tensor:
+    """Run each routed slot with matrices gathered for it: the batched implementation, without a synchronisation.
+
+    Args:
+        run_rows: (inputs (S, D), expert of each (S,) in [0, M)) -> outputs (S, D).
+        hidden_states: (T, D).
+        index: (T, k) int64 in [0, M]; slots of M are computed for expert M - 1 and get weight 0.
+        weights: (T, k).
+        num_experts: M.
+
+    Returns:
+        (T, D) in the dtype of the hidden states, summed choice after choice in the dtype of the weighted outputs.
+    """
+    top_k = index.shape[1]
+    flat = index.flatten()
+    outputs = run_rows(hidden_states.repeat_interleave(top_k, dim=0), flat.clamp(max=num_experts - 1))
+    weight = weights.flatten().masked_fill(flat >= num_experts, 0)
+    weighted = outputs * weight[:, None]
+    return weighted.view(len(index), top_k, -1).sum(1).to(hidden_states.dtype)

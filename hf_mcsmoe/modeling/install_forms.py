@@ -1,0 +1,81 @@
+"""Putting experts of another form than dense into a layer, and making them dense again."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..expert_values import LowRankSparse, PackedExperts
+from ..types import MoeLayer
+from .experts import attach_expert_map
+from .forms import check_forms
+from .forms.low_rank_sparse import LowRankSparseExperts, matrix_sizes
+from .forms.ragged import RaggedExperts
+
+
+def install_ragged(layer: MoeLayer, packed: PackedExperts, slot_map: Tensor, layout: dict[str, Any]) -> None:
+    """Replace a layer's experts by M experts of different widths behind a map; in place.
+
+    Args:
+        layer: The layer as found in the original model.
+        packed: The new experts; they get the dtype and device of the old ones.
+        slot_map: (N,) int64 in [-1, M).
+        layout: See `attach_expert_map`; `form` and `num_neurons` are added.
+
+    Raises:
+        ValueError: The layer cannot have this form, or the experts do not fit it.
+    """
+    check_forms(layer)
+    missing = [name for name in needed_tensors(layer) if getattr(packed, name) is None]
+    if missing or packed.up.shape[1] != layer.hidden_size or packed.num_experts != layout["num_experts"]:
+        raise ValueError(
+            f"{layer.name!r} needs {layout['num_experts']} experts of hidden size {layer.hidden_size} with "
+            f"{needed_tensors(layer)}, got {packed.num_experts} of {packed.up.shape[1]} without {missing}."
+        )
+    layout |= RaggedExperts.install(layer, packed)
+    attach_expert_map(layer, layout, slot_map)
+
+
+def install_low_rank_sparse(
+    layer: MoeLayer,
+    factors: dict[str, list[LowRankSparse]],
+    biases: dict[str, Tensor],
+    slot_map: Tensor,
+    layout: dict[str, Any],
+) -> None:
+    """Replace a layer's experts by M decomposed ones behind a map; in place.
+
+    Args:
+        layer: The layer as found in the original model.
+        factors: For each matrix ("gate" if the family has it, "up", "down"): that of each of the M experts, all of
+            one rank. They get the dtype and device of the old experts.
+        biases: For each matrix (M, O), where the family has biases; else empty.
+        slot_map: (N,) int64 in [-1, M).
+        layout: See `attach_expert_map`; `form`, `rank` and `num_rows` are added.
+
+    Raises:
+        ValueError: The layer cannot have this form, or the factors do not fit it.
+    """
+    check_forms(layer)
+    sizes, num_experts = matrix_sizes(layer), layout["num_experts"]
+    named_biases = set(sizes) if layer.format.has_bias else set()
+    if set(factors) != set(sizes) or set(biases) != named_biases:
+        raise ValueError(
+            f"{layer.name!r} needs factors of {sorted(sizes)} and biases of {sorted(named_biases)}, "
+            f"got {sorted(factors)} and {sorted(biases)}."
+        )
+    ranks = {one.rank for of_expert in factors.values() for one in of_expert}
+    for matrix, of_expert in factors.items():
+        shapes = {one.shape for one in of_expert}
+        if len(of_expert) != num_experts or shapes != {sizes[matrix]} or len(ranks) != 1:
+            raise ValueError(
+                f"{matrix} of {layer.name!r} needs {num_experts} factors of shape {sizes[matrix]} and one rank, "
+                f"got {len(of_expert)} of {sorted(shapes)} with ranks {sorted(ranks)}."
+            )
+    layout |= LowRankSparseExperts.install(layer, factors, biases)
+    attach_expert_map(layer, layout, slot_map)
+
+
+def needed_tensors(layer: MoeLayer) -> list[str]:
+    """Fields of `PackedExperts` that experts of a layer must have."""
+    names = ["gate", "up", "down"] if layer.format.has_gate else ["up", "down"]
+    return [*names, *(f"{name}_bias" for name in names)] if layer.format.has_bias else names
