@@ -117,6 +117,23 @@ def expert_size(layer: MoeLayer, decomposed_by: Recipe | None = None) -> ExpertS
     )
 
 
+def neuron_size(layer: MoeLayer) -> ExpertSize:
+    """Size of one neuron of an expert: its row of each matrix and its entries of the biases before the activation."""
+    rows = 2 if layer.format.has_gate else 1
+    entries = (rows + 1) * layer.hidden_size
+    numbers = entries + (rows if layer.format.has_bias else 0)
+    return ExpertSize(numbers, numbers * layer.bytes_per_expert // layer.parameters_per_expert, entries)
+
+
+def neuron_sizes(layer: MoeLayer, num_experts: int, num_neurons: int) -> Sizes:
+    """What `num_neurons`, spread evenly over M experts, add to the sizes of the model."""
+    one = neuron_size(layer)
+    used = min(layer.top_k, num_experts) * num_neurons
+    active, entries = used * one.parameters // num_experts, used * one.matrix_entries // num_experts
+    parameters, size = num_neurons * one.parameters, num_neurons * one.bytes
+    return Sizes(parameters, active, parameters, size, size, 2 * entries)
+
+
 def expert_sizes(layer: MoeLayer, num_experts: int, expert: ExpertSize) -> Sizes:
     """What `num_experts` experts of a layer add to the sizes of the model."""
     # Several of a token's k slots may hold one expert, so k is what is used at most.

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..recipe import PRESETS, Recipe, recipe_from_dict, recipe_from_preset, recipe_from_yaml
+from ..recipe import PRESETS, Recipe
+from ..recipe_reading import recipe_from_dict, recipe_from_preset, recipe_from_yaml
 
 DEFAULT_PRESET = "m-smoe"
 

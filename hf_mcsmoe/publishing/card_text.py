@@ -6,7 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..recipe import OPTIONAL_STEPS, PRESETS, STEPS, Recipe, recipe_from_preset
+from ..recipe import OPTIONAL_STEPS, PRESETS, STEPS, Recipe
+from ..recipe_reading import recipe_from_preset
 
 NOT_EVALUATED, NOT_MEASURED = "not evaluated", "not measured"
 CALIBRATION_LABELS = {
