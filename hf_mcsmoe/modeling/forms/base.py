@@ -181,9 +181,11 @@ def meta_copy(module: nn.Module) -> nn.Module:
     for name, value in vars(nn.Module()).items():
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             clone.__dict__[name] = copy.copy(value) if value is None else OrderedDict()
-    parameters = {n: p for n, p in module._parameters.items() if p is not None}
-    clone._parameters = {n: nn.Parameter(p.detach().to("meta"), p.requires_grad) for n, p in parameters.items()}
-    clone._buffers = {n: b.to("meta") for n, b in module._buffers.items() if b is not None}
+    clone._parameters = {
+        name: p if p is None else nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        for name, p in module._parameters.items()
+    }
+    clone._buffers = {name: b if b is None else b.to("meta") for name, b in module._buffers.items()}
     clone._modules = {name: meta_copy(child) for name, child in module.named_children()}
     return clone
 

@@ -12,6 +12,8 @@ from ...types import ExpertWeights, MoeLayer
 from .base import FORMS, ExpertForm, become, empty_parameters
 from .routed_rows import add_by_expert, run_by_slot, run_sorted, sort_rows
 
+ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
+
 
 @FORMS.register("ragged")
 class RaggedExperts(ExpertForm):
@@ -64,9 +66,13 @@ class RaggedExperts(ExpertForm):
         return PackedExperts(self.offsets, **{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def densify(self) -> ExpertWeights:
-        """All experts as wide as the widest, filled with neurons of zeros: exactly the same function."""
+        """All experts as wide as the widest, filled with neurons of zeros: exactly the same function.
+
+        The width is rounded up to a multiple of 8, because grouped kernels take rows of whole 16 bytes only.
+        """
         packed = self.packed()
-        return packed.to_uniform(max(1, int(packed.widths.max())))
+        widest = max(1, int(packed.widths.max()))
+        return packed.to_uniform(-(-widest // ALIGNED_NEURONS) * ALIGNED_NEURONS)
 
     def run_expert(self, expert: int, inputs: Tensor) -> Tensor:
         """Output (S, D) of one expert for inputs (S, D)."""
