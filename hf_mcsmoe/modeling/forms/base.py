@@ -149,8 +149,8 @@ def become(
     dense_experts = meta_copy(experts)
     activation = layer.family.activation(layer)
     first = next(iter(old.values()))
-    hooked = next((module for module in experts.modules() if hasattr(module, "_hf_hook")), experts)
-    device = execution_device(hooked) if hooked is not experts or not first.is_meta else first.device
+    hooked = next((module for module in experts.modules() if hasattr(module, "_hf_hook")), None)
+    device = first.device if hooked is None else execution_device(hooked)
     for child in {path.partition(".")[0] for path in old if "." in path}:
         delattr(experts, child)
     for name in [path for path in old if "." not in path]:
