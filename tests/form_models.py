@@ -22,10 +22,10 @@ def logits(model, ids=IDS):
 
 
 def dense_weights(layer, num_experts):
-    """The first experts of a layer, in canonical orientation, as copies."""
+    """The first experts of a layer, in canonical orientation, as views where the family allows."""
     stacked = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
     tensors = layer.family.view(layer, stacked).tensors()
-    return ExpertWeights(**{name: tensor[:num_experts].clone() for name, tensor in tensors.items()})
+    return ExpertWeights(**{name: tensor[:num_experts] for name, tensor in tensors.items()})
 
 
 def ragged_part(weights, generator):

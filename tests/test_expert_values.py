@@ -110,7 +110,7 @@ def test_filling_up_keeps_the_functions():
     for expert in range(3):
         alone = value.expert(expert)
         torch.testing.assert_close(expert_output(uniform, expert, hidden), expert_output(alone, 0, hidden))
-    with pytest.raises(ValueError, match="expert 2 has 3 neurons. Use at least 3"):
+    with pytest.raises(ValueError, match=r"expert 2 has 3 neurons\. Use at least 3"):
         value.to_uniform(2)
 
 

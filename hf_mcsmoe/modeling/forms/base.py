@@ -158,13 +158,19 @@ def become(
     for name, value in (parameters | buffers).items():
         is_parameter = name in parameters
         value = value.detach().to(device=device, dtype=first.dtype if is_parameter else None)
-        add_tensor(experts, name, value.contiguous(), requires_grad=first.requires_grad if is_parameter else None)
+        add_tensor(experts, name, owned(value), requires_grad=first.requires_grad if is_parameter else None)
     change_class(experts, form_class(form, type(experts)))
     experts.expert_activation = activation
     experts.dense_layer = dataclasses.replace(layer, experts=dense_experts, router=None, block=None)
     # transformers' initialization would look for the dense parameters.
     experts._is_hf_initialized = layer.block._is_hf_initialized = True
     return experts
+
+
+def owned(value: Tensor) -> Tensor:
+    """`value`, contiguous and alone in its memory: a view would keep the dense experts alive."""
+    value = value.contiguous()
+    return value if value.is_meta or value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def change_class(experts: nn.Module, new_class: type) -> None:
