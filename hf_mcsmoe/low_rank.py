@@ -91,13 +91,13 @@ def decompose(
     alternations = 0 if num_rows == len(matrix) else alternations  # nothing would be left to fit
     for step in range(alternations + 1):
         left, right = fit_factors(exact, metric, rank, ~kept)
-        left, right = balance(left, right, rank, matrix.dtype)
-        residual = exact - left.double() @ right.double()
-        before, kept = kept, _largest(_row_errors(residual, metric, row_scores), num_rows)
+        before, kept = kept, _largest(_row_errors(exact, left @ right, metric, row_scores), num_rows)
         if step == alternations or torch.equal(before, kept):
             break
+    left, right = balance(left, right, rank, matrix.dtype)
     rows = kept.nonzero().flatten()
-    return LowRankSparse(left=left, right=right, rows=rows, sparse=residual[rows].to(matrix.dtype))
+    sparse = exact[rows] - left[rows].double() @ right.double()
+    return LowRankSparse(left=left, right=right, rows=rows, sparse=sparse.to(matrix.dtype))
 
 
 def input_metric(gram: Tensor) -> Tensor:
@@ -174,12 +174,17 @@ def _rounding(scale: Tensor, size: int) -> Tensor:
     return scale * size * torch.finfo(torch.float64).eps
 
 
-def _row_errors(residual: Tensor, metric: Tensor | None, row_scores: Tensor | None) -> list[Tensor]:
+def _row_errors(matrix: Tensor, product: Tensor, metric: Tensor | None, row_scores: Tensor | None) -> list[Tensor]:
     """What rows are kept by, (O,) each, the most important first."""
     if row_scores is not None:
         return [row_scores]
+    residual = matrix - product
     errors = [residual.square().sum(1)]
-    return errors if metric is None else [(residual @ metric).square().sum(1), *errors]
+    if metric is None:
+        return errors
+    seen, scale = (residual @ metric).square().sum(1), (matrix @ metric).square().sum()
+    # What is rounding must not decide between rows that are all exact for the inputs.
+    return [seen.masked_fill(seen <= _rounding(scale, max(matrix.shape)), 0), *errors]
 
 
 def _largest(keys: list[Tensor], count: int) -> Tensor:

@@ -171,6 +171,24 @@ def test_kept_rows_are_those_with_the_largest_output_error(matrix, generator):
     assert whitened(matrix, gram, rank=2, keep_rows=0.3, alternations=0).rows.tolist() == expected
 
 
+def test_rows_that_are_exact_for_the_inputs_tie(matrix, generator):
+    inputs = inputs_for(matrix, generator, num_directions=2)
+    result = whitened(matrix, inputs.T @ inputs, rank=3, keep_rows=0.3, alternations=0)
+    everything = whitened(matrix, inputs.T @ inputs, rank=3, keep_rows=0)
+    errors = (matrix - everything.dense()).square().sum(1)
+    assert set(result.rows.tolist()) == set(errors.topk(len(result.rows)).indices.tolist())
+
+
+def test_fitting_few_rows_keeps_them_exact_for_the_inputs(generator):
+    # 2 of 5 rows are not kept; the two products of the inputs with them need all of rank 2.
+    matrix = torch.randn(5, 6, generator=generator)
+    inputs = inputs_for(matrix, generator, num_directions=3)
+    scale = (inputs @ matrix.double().T).square().sum().item()
+    for rank in (2, 3):
+        result = whitened(matrix, inputs.T @ inputs, rank=rank, keep_rows=0.6)
+        assert output_error(matrix, result, inputs) < 1e-12 * scale
+
+
 def best_of_all_rows(matrix, inputs, rank, count):
     """The least output error of any choice of rows with the best factors for the others."""
     outputs = inputs @ matrix.double().T  # (T, O)
