@@ -68,7 +68,10 @@ def test_warmup_that_is_neither(given):
 ERRORS = {
     "keep": ({"keep": 1.5}, r"final_keep is 1.5, it must be in \[0, 1\]"),
     "negative": ({"initial": -1}, "initial_warmup is -1 steps, it must be >= 0"),
-    "too long": ({"initial": 6, "final": 5}, "initial_warmup is 6 and final_warmup 5 steps, together at most the 10"),
+    "too long": (
+        {"initial": 6, "final": 5},
+        "initial_warmup is 6 and final_warmup 5 steps, together they must not exceed the 10",
+    ),
 }
 
 
@@ -273,7 +276,7 @@ def test_pruner_needs_decomposed_experts(original):
 def test_pruner_needs_trained_sparse_parts(decomposed):
     model = decomposed()
     list(sparse_parts(model).values())[4].parameter.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.up_sparse' and 0 more of 9 .* do not require grad"):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.up_sparse' and 0 more of 9 .* require no grad"):
         RowPruner(model, schedule())
 
 

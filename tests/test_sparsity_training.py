@@ -121,12 +121,13 @@ def test_trainer_does_what_a_plain_loop_does(model, make_trainer, dataset, accum
 @pytest.mark.parametrize("stop_after", [1, 4, 7], ids=["warm-up", "pruning", "final phase"])
 def test_resumed_training_is_bit_equal(model, make_trainer, stop_after, tmp_path):
     start = copy.deepcopy(model)
-    how = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    how = {"gradient_accumulation_steps": 2}
+    saves = {"save_strategy": "steps", "save_steps": stop_after, **how}
     whole = Spy()
     make_trainer(model, [SparsityScheduleCallback(**SCHEDULE), whole], **how).train()
     interrupted = copy.deepcopy(start)
     early = [SparsityScheduleCallback(**SCHEDULE, harden=False), Spy(stop_after)]
-    make_trainer(interrupted, early, "interrupted", **how).train()
+    make_trainer(interrupted, early, "interrupted", **saves).train()
     moved = shutil.move(tmp_path / "interrupted" / f"checkpoint-{stop_after}", tmp_path / "elsewhere")
     resumed, rest = copy.deepcopy(start), Spy()
     callback = SparsityScheduleCallback(**SCHEDULE)
@@ -190,7 +191,10 @@ def test_gradient_checkpointing(model, make_trainer):
 
 
 REFUSED = {
-    "steps": ({"final_warmup": 7}, "initial_warmup is 2 and final_warmup 7 steps, together at most the 8"),
+    "steps": (
+        {"final_warmup": 7},
+        "initial_warmup is 2 and final_warmup 7 steps, together they must not exceed the 8",
+    ),
     "keep": ({"final_keep": 1.1}, r"final_keep is 1.1, it must be in \[0, 1\]"),
     "beta": ({"beta": 1}, "beta is 1, it must be in"),
 }
