@@ -30,8 +30,8 @@ def prune_by_gradients(
     What MC-SMoE does where it does not fine-tune (Li et al., 2024, https://arxiv.org/abs/2310.01334): the steps of
     the training with gradients of calibration data, without an optimiser. After each batch fewer rows stay, down
     the cubic schedule without warm-ups, so that later gradients are those of a model that lacks rows already. On
-    the model that ships with this package, that loses a quarter less than one threshold after the last batch.
-    Without an optimiser, a row that was zeroed stays zero.
+    the model that ships with this package, that costs a fifth less loss than one threshold after the last batch
+    (rank 16, 10 % of the rows). Without an optimiser, a row that was zeroed stays zero.
 
     Memory: the activations of one batch as in training, and the gradient of one sparse part, which is freed as soon
     as its rows have scores; no other parameter gets a gradient. Each batch counts the same, whatever its number of
@@ -58,15 +58,12 @@ def prune_by_gradients(
         )
         raise ValueError(f"{problem} Give batches with labels, or what load_calibration returns.")
     schedule = SparsitySchedule(len(batches), initial_warmup=0, final_warmup=0, final_keep=keep_rows)
-    was_training = model.training
-    model.eval()
     with scores_of_backward(model) as scores:
         pruner = RowPruner(model, schedule, beta)
         bar = tqdm(batches, desc="pruning rows", unit="batch", disable=not progress, delay=2)
         for step, batch in enumerate(bar, start=1):
             model(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()
             pruner.prune(step, scores)
-    model.train(was_training)
     if harden:
         drop_zero_rows(model)
 
@@ -76,11 +73,13 @@ def scores_of_backward(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """Within the context, a backward pass puts the scores (K,) of all sparse parts into the dict, by name.
 
     Nothing else requires a gradient, and none is left behind. A part that a pass does not use gets scores of 0.
+    The model is in evaluation mode.
     """
     parts = sparse_parts(model)
     scores: dict[str, Tensor] = {}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
+    was_training = model.training
+    model.eval().requires_grad_(False)
     handles = [model.register_forward_pre_hook(lambda *_: scores.update(no_scores(parts)))]
     for name, part in parts.items():
 
@@ -93,6 +92,7 @@ def scores_of_backward(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     try:
         yield scores
     finally:
+        model.train(was_training)
         for handle in handles:
             handle.remove()
         for parameter, value in required.items():
