@@ -52,6 +52,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     student, teacher = models("causal")
     report = student.compression_report
+    student.model.norm.weight.data *= 2  # damage that a few steps repair
     save_checkpoint(student.to(torch.bfloat16), report, root / "student", tokenizer=tokenizer())
     teacher.to(torch.bfloat16).save_pretrained(root / "teacher")
     return root / "student", root / "teacher"
@@ -71,7 +72,8 @@ def recover(folders, data, output, *words):
 
 
 def test_recover_writes_a_better_checkpoint_with_its_reports(folders, data, tmp_path):
-    text = succeed(*recover(folders, data, tmp_path / "out", "--num-train-epochs", "4"))
+    words = ("--num-train-epochs", "4", "--task-weight", "0", "--teacher-dtype", "float32")
+    text = succeed(*recover(folders, data, tmp_path / "out", *words))
     assert "import hf_mcsmoe" in text and "32 steps" in text  # 30 rows in batches of 4, 4 epochs
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "README.md"}
@@ -90,7 +92,7 @@ def test_recover_writes_a_better_checkpoint_with_its_reports(folders, data, tmp_
     held_out = load_recovery_data(data, None, "causal").held_out
     loss, kl, _ = reference_means(model.float(), original, "causal", held_out, temperature=2.0)
     assert after["loss_task"] == pytest.approx(loss, rel=1e-4)  # of the weights as they are on disk
-    assert after["kl"] == pytest.approx(kl, rel=0.1)  # the teacher computed in bfloat16
+    assert after["kl"] == pytest.approx(kl, rel=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| {before['loss_task']:.4f} | {after['loss_task']:.4f} |" in card
     assert "Teacher: `teacher`. Routers frozen." in card
@@ -144,7 +146,8 @@ def test_text_is_packed_and_every_domain_held_out(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     data = load_recovery_data(path, tokenizer(), "causal", sequence_length=32, vocab_size=160)
     lengths = [len(row["input_ids"]) for row in (*data.train, *data.held_out)]
-    assert set(lengths) <= {32, 801 % 32} and sum(lengths) == 2 * 801  # two texts a domain and one separator
+    # Two texts of 400 tokens and a separator a domain; the last token would be a row of its own.
+    assert set(lengths) == {32} and sum(lengths) == 2 * 800
     assert len(data.held_out) == 4 and len(data.sources) == 2
     fewer = load_recovery_data(path, tokenizer(), "causal", sequence_length=32, num_samples=4)
     assert len(fewer.train) + len(fewer.held_out) == 8
