@@ -1,8 +1,22 @@
-"""Training of compressed models: which rows of sparse parts stay."""
+"""Training of compressed models: recovery by distillation, and which rows of sparse parts stay."""
 
+from .arguments import DistillationArguments
+from .cache_writer import cache_teacher
+from .cached_teacher import CachedTeacher
 from .gradient_importance import prune_by_gradients
 from .row_pruner import RowPruner, sparse_parts
 from .schedule import cubic_schedule
 from .sparsity import SparsityScheduleCallback
+from .trainer import DistillationTrainer
 
-__all__ = ["RowPruner", "SparsityScheduleCallback", "cubic_schedule", "prune_by_gradients", "sparse_parts"]
+__all__ = [
+    "CachedTeacher",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "RowPruner",
+    "SparsityScheduleCallback",
+    "cache_teacher",
+    "cubic_schedule",
+    "prune_by_gradients",
+    "sparse_parts",
+]
