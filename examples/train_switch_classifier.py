@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mc_smoe.language_names import Collator, encode, majority_share, read_splits
+from mc_smoe.language_names import Collator, encode, majority_share, read_splits, train_tokenizer
 from mc_smoe.scores import expert_usage, score
 from torch import Tensor, nn
 from transformers import (
-    ByT5Tokenizer,
+    PreTrainedTokenizerFast,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
     Trainer,
@@ -28,6 +28,7 @@ from transformers import (
     set_seed,
 )
 
+VOCAB_SIZE = 1024
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss, as in Switch Transformers (https://arxiv.org/abs/2101.03961)
 
 
@@ -61,7 +62,7 @@ def balance_loss(logits: Tensor) -> Tensor:
     return num_experts * (share * logits.softmax(-1).mean(0)).sum()
 
 
-def build_model(tokenizer: ByT5Tokenizer, dropout: float) -> SwitchTransformersForConditionalGeneration:
+def build_model(tokenizer: PreTrainedTokenizerFast, dropout: float) -> SwitchTransformersForConditionalGeneration:
     """Every second layer is sparse, as in switch-base-32; widths are an eighth of its."""
     config = SwitchTransformersConfig(
         vocab_size=len(tokenizer),
@@ -90,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--dropout", type=float, default=0.0)
     return parser.parse_args()
@@ -99,8 +100,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     set_seed(options.seed)
-    tokenizer = ByT5Tokenizer(extra_ids=0)
     splits = read_splits()
+    tokenizer = train_tokenizer(splits["train"], VOCAB_SIZE)
     rows = {split: encode(entries, tokenizer) for split, entries in splits.items()}
     model = build_model(tokenizer, options.dropout)
     training = TrainingArguments(

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from babel import Locale
 from torch import Tensor
-from transformers import ByT5Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 LANGUAGES = tuple("da nb sv nl af de en fr es pt gl ca it ro cs sk pl sl hr fi et id ms tr az".split())
 NAMES_BY_CODE = ("languages", "territories", "scripts", "currency_names")
@@ -75,8 +76,24 @@ def read_splits() -> dict[str, list[NamedItem]]:
     return splits
 
 
-def encode(entries: list[NamedItem], tokenizer: ByT5Tokenizer) -> list[dict[str, list[int]]]:
-    """Rows {"input_ids", "labels"}: the bytes of the name; the bytes of the language code and the end token."""
+def train_tokenizer(entries: list[NamedItem], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Pieces of words (byte-level BPE) learned from the names of the training split; closes a text with </s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((entry.text for entry in entries), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def encode(entries: list[NamedItem], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
+    """Rows {"input_ids", "labels"}: the name; the language code. Both end with </s>."""
     return [
         {"input_ids": tokenizer(entry.text)["input_ids"], "labels": tokenizer(entry.language)["input_ids"]}
         for entry in entries
