@@ -60,6 +60,10 @@ class MoeFamily:
         """Views of stacked parameters in canonical orientation; writing into them writes `stacked`."""
         raise NotImplementedError
 
+    def unview(self, layer: MoeLayer, weights: ExpertWeights) -> dict[str, Tensor]:
+        """The inverse of `view`: stacked parameters with the values of experts of any number and width, as copies."""
+        raise NotImplementedError
+
     def routed_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden_states (T, D), top_k_index (T, k), top_k_weights (T, k)) of a call of the experts module."""
         given = (*args, *kwargs.values())  # all callers pass them in this order

@@ -93,6 +93,20 @@ class FusedExperts(MoeFamily):
             gate_bias, up_bias = split_gate_up(oriented["gate_up_proj_bias"], expert_format.is_interleaved)
         return ExpertWeights(gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias, **fields)
 
+    def unview(self, layer: MoeLayer, weights: ExpertWeights) -> dict[str, Tensor]:
+        stacked = {"down_proj": weights.down, "down_proj_bias": weights.down_bias}
+        if layer.format.has_gate:
+            stacked["gate_up_proj"] = join_gate_up(weights.gate, weights.up, layer.format.is_interleaved)
+            if weights.up_bias is not None:
+                joined = join_gate_up(weights.gate_bias, weights.up_bias, layer.format.is_interleaved)
+                stacked["gate_up_proj_bias"] = joined
+        else:
+            stacked |= {"up_proj": weights.up, "up_proj_bias": weights.up_bias}
+        if layer.format.is_transposed:
+            stacked = {name: t.transpose(1, 2) if t is not None and t.dim() == 3 else t for name, t in stacked.items()}
+        kept = {name: t for name, t in stacked.items() if t is not None}
+        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in kept.items()}
+
     def no_forms_because(self, layer: MoeLayer) -> str:
         needed = "_apply_gate" if layer.format.has_gate else "act_fn"
         if self.not_formed_because or hasattr(layer.experts, needed):
@@ -139,6 +153,11 @@ def split_gate_up(stacked: Tensor, is_interleaved: bool) -> tuple[Tensor, Tensor
         return stacked[:, ::2], stacked[:, 1::2]
     width = stacked.shape[1] // 2
     return stacked[:, :width], stacked[:, width:]
+
+
+def join_gate_up(gate: Tensor, up: Tensor, is_interleaved: bool) -> Tensor:
+    """The inverse of `split_gate_up`, as a copy."""
+    return torch.stack([gate, up], dim=2).flatten(1, 2) if is_interleaved else torch.cat([gate, up], dim=1)
 
 
 def activate(module: nn.Module, up: Tensor, gate: None) -> Tensor:  # noqa: ARG001

@@ -73,6 +73,13 @@ class ModuleDictExperts(MoeFamily):
         biases = [stacked.get(name.removesuffix("weight") + "bias") for name in (first, second)]
         return ExpertWeights(up=stacked[first], down=stacked[second], up_bias=biases[0], down_bias=biases[1])
 
+    def unview(self, layer: MoeLayer, weights: ExpertWeights) -> dict[str, Tensor]:
+        kinds = {name: p.dim() for name, p in layer.experts["expert_0"].named_parameters()}
+        first, second = (name.removesuffix("weight") for name, dim in kinds.items() if dim == 2)
+        named = {f"{first}weight": weights.up, f"{second}weight": weights.down}
+        named |= {f"{first}bias": weights.up_bias, f"{second}bias": weights.down_bias}
+        return {name: named[name].clone(memory_format=torch.contiguous_format) for name in kinds}
+
     def no_forms_because(self, layer: MoeLayer) -> str:
         return "" if activation_of(layer) is not None else "its experts do not tell their activation as 'act'"
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..families import find_layers
 from ..families.names import NUM_EXPERTS_NAMES, NUM_ROWS_NAMES
-from ..types import MoeLayer
+from ..types import ExpertWeights, MoeLayer
 from .forms import FORMS, ExpertForm, check_forms
 from .offload import execution_device, fetched, replace_tensor
 
@@ -146,16 +146,34 @@ def replace_experts(layer: MoeLayer, stacked: dict[str, Tensor]) -> None:
         owner_name, _, name = path.rpartition(".")
         owner = layer.experts.get_submodule(owner_name)
         replace_tensor(owner, name, value)
+        if isinstance(owner, nn.Linear) and name == "weight":
+            owner.out_features, owner.in_features = value.shape
         if owner is not layer.experts:
             rename_counts(owner, layer.num_slots, num_experts)
 
 
-def shrink_experts(layer: MoeLayer, num_experts: int) -> None:
-    """Cut a freshly built layer to its first M experts, on any device (meta included)."""
+def shrink_experts(layer: MoeLayer, num_experts: int, width: int | None = None) -> None:
+    """Cut a freshly built layer to its first M experts, on any device (meta included).
+
+    Args:
+        layer: With N experts.
+        num_experts: M.
+        width: Neurons of each expert, which may be more than there are; None keeps their number.
+    """
     tails = layer.passive_expert_rows
     kept = {name: p[:num_experts] for name, p in layer.family.stack(layer, layer.expert_parameters).items()}
     kept = {name: torch.cat([p, tails[name]]) if name in tails else p.clone() for name, p in kept.items()}
+    if width is not None:
+        kept = layer.family.unview(layer, repeat_neurons(layer.family.view(layer, kept), width))
     replace_experts(layer, kept)
+
+
+def repeat_neurons(weights: ExpertWeights, width: int) -> ExpertWeights:
+    """Experts with `width` neurons: their first ones, over and over where there are too few."""
+    neurons = torch.arange(width, device=weights.up.device) % weights.width
+    axes = {name: 2 if name == "down" else 1 for name in weights.tensors() if name != "down_bias"}
+    fields = {name: getattr(weights, name).index_select(axis, neurons) for name, axis in axes.items()}
+    return ExpertWeights(down_bias=weights.down_bias, **fields)
 
 
 def install_mapped(layer: MoeLayer, parameters: dict[str, Tensor], slot_map: Tensor, layout: dict[str, Any]) -> None:
@@ -241,6 +259,11 @@ def rename_counts(owner: Any, num_slots: int, num_experts: int, names: tuple[str
             setattr(owner, name, num_experts)
 
 
+def is_same_layer(name: str, other: str) -> bool:
+    """Whether two paths name one layer: a model with another head, or none, has a longer or shorter prefix."""
+    return name == other or name.endswith(f".{other}") or other.endswith(f".{name}")
+
+
 def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
     """Shrink the experts of a freshly built model to what the layout says and attach empty maps.
 
@@ -252,7 +275,7 @@ def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]
     """
     found = find_layers(model)
     for name, layout in layers.items():
-        candidates = [x for x in found if x.name == name or name.endswith(f".{x.name}") or x.name.endswith(f".{name}")]
+        candidates = [layer for layer in found if is_same_layer(name, layer.name)]
         if len(candidates) != 1 or candidates[0].num_slots != layout["num_slots"]:
             raise ValueError(
                 f"The checkpoint describes the MoE layer {name!r} with {layout['num_slots']} slots, but "
@@ -261,7 +284,7 @@ def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]
             )
         form = layout.get("form")
         if form is None:
-            shrink_experts(candidates[0], layout["num_experts"])
+            shrink_experts(candidates[0], layout["num_experts"], layout.get("intermediate_size"))
         else:
             check_forms(candidates[0])
             FORMS[form].build(candidates[0], layout)

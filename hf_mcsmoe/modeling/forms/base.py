@@ -80,6 +80,12 @@ class ExpertForm:
         """What the family does to the outputs of experts (S, D) besides weighting them."""
         return self.dense_layer.family.finish(self, output)
 
+    def restore_class(self) -> None:
+        """Be of the original class again, without what the form added except for its tensors."""
+        for name in ("dense_layer", "expert_activation", "_host_integers"):
+            self.__dict__.pop(name, None)
+        change_class(self, type(self).__bases__[1])
+
     def host_integers(self, name: str) -> list[int]:
         """A buffer of sizes as Python integers; read from the device once, and again when it was replaced."""
         buffer, cache = getattr(self, name), self.__dict__.setdefault("_host_integers", {})
@@ -153,14 +159,19 @@ def become(
         is_parameter = name in parameters
         value = value.detach().to(device=device, dtype=first.dtype if is_parameter else None)
         add_tensor(experts, name, value.contiguous(), requires_grad=first.requires_grad if is_parameter else None)
-    experts.__class__ = form_class(form, type(experts))
-    if "_old_forward" in experts.__dict__:  # Accelerate wraps the forward that the module had
-        experts._old_forward = types.MethodType(type(experts).forward, experts)
+    change_class(experts, form_class(form, type(experts)))
     experts.expert_activation = activation
     experts.dense_layer = dataclasses.replace(layer, experts=dense_experts, router=None, block=None)
     # transformers' initialization would look for the dense parameters.
     experts._is_hf_initialized = layer.block._is_hf_initialized = True
     return experts
+
+
+def change_class(experts: nn.Module, new_class: type) -> None:
+    """Make `experts` an instance of another class, also where Accelerate has wrapped the forward that it had."""
+    experts.__class__ = new_class
+    if "_old_forward" in experts.__dict__:
+        experts._old_forward = types.MethodType(new_class.forward, experts)
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
@@ -170,9 +181,11 @@ def meta_copy(module: nn.Module) -> nn.Module:
     for name, value in vars(nn.Module()).items():
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             clone.__dict__[name] = copy.copy(value) if value is None else OrderedDict()
-    parameters = {n: p for n, p in module._parameters.items() if p is not None}
-    clone._parameters = {n: nn.Parameter(p.detach().to("meta"), p.requires_grad) for n, p in parameters.items()}
-    clone._buffers = {n: b.to("meta") for n, b in module._buffers.items() if b is not None}
+    clone._parameters = {
+        name: p if p is None else nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        for name, p in module._parameters.items()
+    }
+    clone._buffers = {name: b if b is None else b.to("meta") for name, b in module._buffers.items()}
     clone._modules = {name: meta_copy(child) for name, child in module.named_children()}
     return clone
 

@@ -1,7 +1,8 @@
 """Experts whose matrices are a low rank plus kept rows."""
 
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.functional import linear
 from ...expert_values import LowRankSparse
 from ...types import ExpertWeights, MoeLayer
 from .base import FORMS, ExpertForm, become, empty_parameters
-from .routed_rows import add_by_expert, sort_rows
+from .low_rank_products import batched, eager, grouped
 
 MATRICES = ("gate", "up", "down")
 
@@ -37,6 +38,7 @@ class LowRankSparseExperts(ExpertForm):
 
     form = "low_rank_sparse"
     class_prefix = "LowRankSparse"
+    implementations: ClassVar = {"eager": eager, "grouped_mm": grouped, "batched_mm": batched}
 
     @classmethod
     def build(cls, layer: MoeLayer, layout: dict[str, Any]) -> None:
@@ -52,9 +54,10 @@ class LowRankSparseExperts(ExpertForm):
             if layer.format.has_bias:
                 shapes[f"{matrix}_bias"] = (num_experts, outputs)
             # Some split, for a model with random weights; a checkpoint brings its own.
-            offsets = torch.arange(num_experts + 1) * kept // num_experts
-            buffers[f"{matrix}_row_offsets"] = offsets
-            buffers[f"{matrix}_rows"] = torch.cat([torch.arange(n) for n in offsets.diff().tolist()])
+            offsets = [expert * kept // num_experts for expert in range(num_experts + 1)]
+            buffers[f"{matrix}_row_offsets"] = torch.tensor(offsets)
+            counts = [end - start for start, end in itertools.pairwise(offsets)]
+            buffers[f"{matrix}_rows"] = torch.cat([torch.arange(count) for count in counts])
         become(layer, cls, empty_parameters(shapes, layer), buffers)
 
     @classmethod
@@ -163,11 +166,3 @@ def matrix_sizes(layer: MoeLayer) -> dict[str, tuple[int, int]]:
     inward = (layer.intermediate_size, layer.hidden_size)
     sizes = {"gate": inward, "up": inward, "down": inward[::-1]}
     return sizes if layer.format.has_gate else {name: sizes[name] for name in ("up", "down")}
-
-
-def eager(module: LowRankSparseExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Expert by expert, each adding to the output in turn."""
-    return add_by_expert(module.run_expert, hidden_states, sort_rows(index, weights, module.num_stored))
-
-
-LowRankSparseExperts.implementations = {"eager": eager}

@@ -10,7 +10,9 @@ from torch.nn.functional import linear
 from ...expert_values import PackedExperts
 from ...types import ExpertWeights, MoeLayer
 from .base import FORMS, ExpertForm, become, empty_parameters
-from .routed_rows import add_by_expert, add_by_token, run_by_slot, sort_rows
+from .routed_rows import add_by_expert, run_by_slot, run_sorted, sort_rows
+
+ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 
 
 @FORMS.register("ragged")
@@ -64,9 +66,13 @@ class RaggedExperts(ExpertForm):
         return PackedExperts(self.offsets, **{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def densify(self) -> ExpertWeights:
-        """All experts as wide as the widest, filled with neurons of zeros: exactly the same function."""
+        """All experts as wide as the widest, filled with neurons of zeros: exactly the same function.
+
+        The width is rounded up to a multiple of 8, because grouped kernels take rows of whole 16 bytes only.
+        """
         packed = self.packed()
-        return packed.to_uniform(max(1, int(packed.widths.max())))
+        widest = max(1, int(packed.widths.max()))
+        return packed.to_uniform(-(-widest // ALIGNED_NEURONS) * ALIGNED_NEURONS)
 
     def run_expert(self, expert: int, inputs: Tensor) -> Tensor:
         """Output (S, D) of one expert for inputs (S, D)."""
@@ -115,11 +121,7 @@ def grouped(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights
     There is no grouped kernel for groups that differ in rows and in columns, so experts run one after another on
     every device, after one synchronisation for the number of rows of each.
     """
-    rows = sort_rows(index, weights, module.num_stored)
-    inputs = hidden_states[rows.token]
-    parts = [module.run_expert(expert, inputs[part]) for expert, part in rows.of_experts()]
-    outputs = torch.cat(parts) if parts else hidden_states[:0]
-    return add_by_token(outputs, rows, hidden_states)
+    return run_sorted(module.run_expert, hidden_states, sort_rows(index, weights, module.num_stored))
 
 
 def batched(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:

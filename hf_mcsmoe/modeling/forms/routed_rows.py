@@ -60,20 +60,29 @@ def add_by_expert(run_expert: Callable[[int, Tensor], Tensor], hidden_states: Te
     return output
 
 
-def add_by_token(outputs: Tensor, rows: RoutedRows, hidden_states: Tensor) -> Tensor:
-    """Weight the outputs of all sorted rows and sum them token by token, choice after choice.
+def run_sorted(run_expert: Callable[[int, Tensor], Tensor], hidden_states: Tensor, rows: RoutedRows) -> Tensor:
+    """Run each expert on its slice of sorted rows, then sum over each token's choices; see `add_sorted`."""
+    inputs = hidden_states[rows.token]
+    parts = [run_expert(expert, inputs[part]) for expert, part in rows.of_experts()]
+    outputs = torch.cat(parts) if parts else hidden_states[:0]
+    return add_sorted(outputs, rows.weight, rows.place, hidden_states)
+
+
+def add_sorted(outputs: Tensor, weight: Tensor, place: Tensor, hidden_states: Tensor) -> Tensor:
+    """Weight the outputs of sorted rows and sum them token by token, choice after choice.
 
     Args:
-        outputs: Of the rows that are not skipped, (S', D).
-        rows: From `sort_rows`.
+        outputs: Of all sorted rows, or of all but the skipped ones at the end, (S', D).
+        weight: Of each sorted row, (S,).
+        place: Slot j T + t of each sorted row, (S,) int64.
         hidden_states: (T, D); T and the dtype of the result.
 
     Returns:
         (T, D); summed in the dtype of the weighted outputs. Deterministic: nothing is added atomically.
     """
     kept = len(outputs)
-    weighted = outputs * rows.weight[:kept, None]
-    by_place = weighted.new_zeros(len(rows.place), outputs.shape[1]).index_copy(0, rows.place[:kept], weighted)
+    weighted = outputs * weight[:kept, None]
+    by_place = weighted.new_zeros(len(place), outputs.shape[1]).index_copy(0, place[:kept], weighted)
     return by_place.view(-1, len(hidden_states), outputs.shape[1]).sum(0).to(hidden_states.dtype)
 
 
