@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import _grouped_linear
 
-from .routed_rows import add_by_expert, add_sorted, run_by_slot, run_sorted, sort_rows
+from .routed_rows import add_by_expert, run_by_slot, run_sorted, sort_rows
 
 ALIGNMENT = 16  # bytes that rows of the operands of grouped kernels are a multiple of
 
@@ -21,13 +21,17 @@ def grouped(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) 
     """All experts on rows sorted by expert, then one sum over each token's choices.
 
     On the CPU, where grouped kernels are loops too, and for a rank that they cannot take (rows of a factor that are
-    no multiple of 16 bytes), experts run one after another; else `grouped`, without a synchronisation with the host.
+    no multiple of 16 bytes), experts run one after another: `sliced`; else `stacked`.
     """
     row_bytes = module.up_right.shape[1] * module.up_right.element_size()
     if hidden_states.device.type == "cpu" or row_bytes % ALIGNMENT:
-        rows = sort_rows(index, weights, module.num_stored)
-        return run_sorted(module.run_expert, hidden_states, rows)
+        return sliced(module, hidden_states, index, weights)
     return stacked(module, hidden_states, index, weights)
+
+
+def sliced(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Expert by expert on slices of sorted rows, after one synchronisation for their sizes."""
+    return run_sorted(module.run_expert, hidden_states, sort_rows(index, weights, module.num_stored))
 
 
 def stacked(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -56,13 +60,19 @@ def stacked(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) 
         return product.masked_fill(is_skipped, 0)
 
     inputs = hidden_states[place % len(index)].masked_fill(is_skipped, 0)
-    outputs = run(module, project, inputs)
-    weight = weights.T.flatten()[place]
-    return add_sorted(outputs.masked_fill(is_skipped, 0), weight, place, hidden_states)
+    outputs = run(module, project, inputs).masked_fill(is_skipped, 0) * weights.T.flatten()[place, None]
+    by_place = torch.empty_like(outputs).index_copy(0, place, outputs)
+    return by_place.view(-1, *hidden_states.shape).sum(0).to(hidden_states.dtype)
 
 
 def batched(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Each routed slot with its own gathered factors and rows: for few tokens."""
+    """Each routed slot with its own factors and rows: for few tokens. On the CPU slices of them, without copies."""
+    function = sliced if hidden_states.device.type == "cpu" else gathered
+    return function(module, hidden_states, index, weights)
+
+
+def gathered(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Each routed slot with a copy of its factors and of its rows, filled up to the most that an expert has."""
 
     def run_rows(inputs: Tensor, experts: Tensor) -> Tensor:
         def project(matrix: str, inputs: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ class RaggedExperts(ExpertForm):
     """Dense experts of different widths, P neurons in all.
 
     Parameters `gate`, `up` and `down` are (P, D), `gate_bias` and `up_bias` (P,), `down_bias` (M, D); those exist
-    that the family has. Buffer `offsets` (M + 1,) tells where experts start. No product is padded except in the
-    batched implementation, which gathers the widest expert's number of neurons for each slot.
+    that the family has. Buffer `offsets` (M + 1,) tells where experts start. No product is padded except by the
+    batched implementation on a GPU. Where all experts keep all neurons the output is that of dense experts up to the
+    rounding of products with `down`, which is stored by neuron: that is another operand layout for the same kernel.
     """
 
     form = "ragged"
@@ -98,12 +99,12 @@ class RaggedExperts(ExpertForm):
         neurons = self.offsets[expert, None] + place  # (S, W)
         is_own = neurons < self.offsets[expert + 1, None]
         neurons = neurons.clamp(max=max(offsets[-1] - 1, 0))
-        hidden = {name: self.gathered(name, inputs, neurons) for name in ("up", "gate") if hasattr(self, name)}
+        hidden = {name: self.gathered_product(name, inputs, neurons) for name in ("up", "gate") if hasattr(self, name)}
         hidden = self.expert_activation(hidden["up"], hidden.get("gate")).masked_fill(~is_own, 0)
         output = torch.bmm(hidden[:, None], self.down[neurons])[:, 0]
         return self.finish(output + self.down_bias[expert] if hasattr(self, "down_bias") else output)
 
-    def gathered(self, name: str, inputs: Tensor, neurons: Tensor) -> Tensor:
+    def gathered_product(self, name: str, inputs: Tensor, neurons: Tensor) -> Tensor:
         """Products of inputs (S, D) with rows `neurons` (S, W) of `gate` or `up`, with their biases. (S, W)."""
         product = torch.bmm(getattr(self, name)[neurons], inputs[:, :, None])[:, :, 0]
         bias = getattr(self, f"{name}_bias", None)
@@ -125,7 +126,14 @@ def grouped(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights
 
 
 def batched(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Each routed slot with its own gathered neurons: for few tokens."""
+    """Each routed slot with its own neurons: for few tokens. On the CPU slices of neurons, which are not copied."""
+    if hidden_states.device.type == "cpu":
+        return grouped(module, hidden_states, index, weights)
+    return gathered(module, hidden_states, index, weights)
+
+
+def gathered(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Each routed slot with a copy of its neurons, filled up to the widest expert: the host waits for nothing."""
     return run_by_slot(module.run_rows, hidden_states, index, weights, module.num_stored)
 
 

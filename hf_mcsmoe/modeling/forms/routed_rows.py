@@ -61,29 +61,26 @@ def add_by_expert(run_expert: Callable[[int, Tensor], Tensor], hidden_states: Te
 
 
 def run_sorted(run_expert: Callable[[int, Tensor], Tensor], hidden_states: Tensor, rows: RoutedRows) -> Tensor:
-    """Run each expert on its slice of sorted rows, then sum over each token's choices; see `add_sorted`."""
-    inputs = hidden_states[rows.token]
-    parts = [run_expert(expert, inputs[part]) for expert, part in rows.of_experts()]
-    outputs = torch.cat(parts) if parts else hidden_states[:0]
-    return add_sorted(outputs, rows.weight, rows.place, hidden_states)
-
-
-def add_sorted(outputs: Tensor, weight: Tensor, place: Tensor, hidden_states: Tensor) -> Tensor:
-    """Weight the outputs of sorted rows and sum them token by token, choice after choice.
+    """Run each expert on its slice of sorted rows, then sum over each token's choices.
 
     Args:
-        outputs: Of all sorted rows, or of all but the skipped ones at the end, (S', D).
-        weight: Of each sorted row, (S,).
-        place: Slot j T + t of each sorted row, (S,) int64.
-        hidden_states: (T, D); T and the dtype of the result.
+        run_expert: (expert, inputs (S_e, D)) -> outputs (S_e, D).
+        hidden_states: (T, D).
+        rows: From `sort_rows`.
 
     Returns:
-        (T, D); summed in the dtype of the weighted outputs. Deterministic: nothing is added atomically.
+        (T, D) in the dtype of the hidden states, summed choice after choice in the dtype of the weighted outputs.
+        Deterministic: no place is written twice.
     """
-    kept = len(outputs)
-    weighted = outputs * weight[:kept, None]
-    by_place = weighted.new_zeros(len(place), outputs.shape[1]).index_copy(0, place[:kept], weighted)
-    return by_place.view(-1, len(hidden_states), outputs.shape[1]).sum(0).to(hidden_states.dtype)
+    by_place = None
+    for expert, part in rows.of_experts():
+        weighted = run_expert(expert, hidden_states[rows.token[part]]) * rows.weight[part, None]
+        if by_place is None:
+            by_place = weighted.new_zeros(len(rows.place), weighted.shape[1])
+        by_place.index_add_(0, rows.place[part], weighted)
+    if by_place is None:  # all slots are skipped
+        return torch.zeros_like(hidden_states)
+    return by_place.view(-1, *hidden_states.shape).sum(0).to(hidden_states.dtype)
 
 
 def run_by_slot(
