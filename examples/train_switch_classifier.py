@@ -62,13 +62,13 @@ def balance_loss(logits: Tensor) -> Tensor:
     return num_experts * (share * logits.softmax(-1).mean(0)).sum()
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, dropout: float) -> SwitchTransformersForConditionalGeneration:
-    """Every second layer is sparse, as in switch-base-32; widths are an eighth of its."""
+def build_model(tokenizer: PreTrainedTokenizerFast) -> SwitchTransformersForConditionalGeneration:
+    """Every second layer is sparse, as in switch-base-32; widths are a twelfth of its."""
     config = SwitchTransformersConfig(
         vocab_size=len(tokenizer),
-        d_model=96,
-        d_ff=384,
-        d_kv=24,
+        d_model=64,
+        d_ff=256,
+        d_kv=16,
         num_heads=4,
         num_layers=6,
         num_decoder_layers=6,
@@ -76,9 +76,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, dropout: float) -> SwitchTra
         num_sparse_decoder_layers=3,
         num_experts=32,
         expert_capacity=64,  # names are shorter, so no token is beyond the capacity
-        dropout_rate=dropout,
+        dropout_rate=0.0,
         router_aux_loss_coef=0.0,
-        router_z_loss_coef=0.001,
+        router_z_loss_coef=0.0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
@@ -91,9 +91,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     return parser.parse_args()
 
 
@@ -103,7 +102,7 @@ def main() -> None:
     splits = read_splits()
     tokenizer = train_tokenizer(splits["train"], VOCAB_SIZE)
     rows = {split: encode(entries, tokenizer) for split, entries in splits.items()}
-    model = build_model(tokenizer, options.dropout)
+    model = build_model(tokenizer)
     training = TrainingArguments(
         output_dir=str(options.output / "trainer"),
         max_steps=options.steps,
@@ -111,8 +110,9 @@ def main() -> None:
         train_sampling_strategy="group_by_length",
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=options.steps // 20,
+        warmup_steps=options.steps // 25,
         weight_decay=0.01,
+        adam_beta2=0.98,
         optim="adamw_torch_fused",
         logging_steps=50,
         save_strategy="no",
