@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from .cache_teacher import cache_teacher_command
 from .compress import compress_command
 from .demo import demo_command
 from .evaluate import evaluate_command
 from .families import families_command
 from .inspect import inspect_command
 from .plan import plan_command
+from .recover import recover_command
 
 BAD_INPUT = 2  # exit code
 TRACEBACK_VARIABLE = "HF_MCSMOE_TRACEBACK"
@@ -71,5 +73,8 @@ app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("compress")(compress_command)
 app.command("evaluate")(evaluate_command)
+app.command("cache-teacher")(cache_teacher_command)
+# What it does not know itself are training arguments.
+app.command("recover", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(recover_command)
 
 __all__ = ["app"]

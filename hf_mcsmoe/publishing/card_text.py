@@ -14,6 +14,8 @@ CALIBRATION_LABELS = {
     "tokens": "tokens for the statistics",
     "held_out_tokens": "tokens held out to measure output errors",
 }
+RECOVERY_LABELS = {"loss_task": "loss against the text", "kl": "KL to the teacher, at the temperature"}
+SHOWN_ARGUMENTS = ("temperature", "task_weight", "distillation_weight", "learning_rate", "num_train_epochs")
 NUM_WORST_LAYERS = 3
 
 
@@ -35,6 +37,7 @@ def sections(report: Mapping[str, Any], recipe: Recipe, scores: Mapping[str, Any
         "evaluated_on": _evaluated_on(scores) if scores else None,
         "method": _method(recipe),
         "calibration": _calibration(report["calibration"]),
+        "recovery": _recovery(report.get("recovery")),
         "limitations": [*_layer_limits(report), *_evaluation_limits(scores), *map(plain, report["warnings"])],
         "made_with": _made_with(report),
         "citation": _citation(recipe),
@@ -179,6 +182,28 @@ def _calibration(calibration: Mapping[str, Any] | None) -> list[str]:
         written = count(value) if isinstance(value, int) and not isinstance(value, bool) else f"`{plain(value)}`"
         lines.append(f"{CALIBRATION_LABELS.get(key, key.replace('_', ' '))}: {written}")
     return lines
+
+
+def _recovery(recovery: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `recovery_report.json` says, which the report holds as well; None: there was no training."""
+    if not recovery:
+        return None
+    before, after, arguments = (recovery[name] for name in ("held_out_before", "held_out_after", "arguments"))
+    rows = [
+        [RECOVERY_LABELS[name], f"{value:.4f}", f"{after[name]:.4f}"]
+        for name, value in before.items()
+        if name in RECOVERY_LABELS
+    ]
+    data = recovery["data"]
+    routers = "frozen" if arguments["freeze_routers"] else "trained"
+    settings = ", ".join(f"`{name}` {arguments[name]}" for name in SHOWN_ARGUMENTS)
+    lines = [
+        f"Teacher: `{plain(recovery['teacher'])}`. Routers {routers}. {settings}; {count(recovery['steps'])} steps.",
+        f"Data: {', '.join(f'`{plain(source)}`' for source in data['sources'])}, {count(data['rows'])} rows, "
+        f"{count(data['tokens'])} tokens; {count(data['held_out_rows'])} rows held out; SHA-256 `{data['sha256']}`.",
+        "The output errors of the layers above were measured before the training.",
+    ]
+    return {"rows": rows, "lines": lines}
 
 
 def _layer_limits(report: Mapping[str, Any]) -> list[str]:
