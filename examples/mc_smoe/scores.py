@@ -69,10 +69,18 @@ def expert_usage(model: PreTrainedModel, rows: list[Row], batch_size: int = 256)
 
 
 def count_flops(model: PreTrainedModel, batch: dict[str, Tensor]) -> int:
-    """Floating point operations of one forward pass: matrix products as torch's own counter sees them."""
+    """Floating point operations of one forward pass: matrix products as torch's own counter sees them.
+
+    It does not see into grouped products, so experts run one by one meanwhile (Switch Transformers' always do).
+    """
     model.eval()
+    implementation = getattr(model.config, "_experts_implementation", None)
+    if implementation is not None:
+        model.set_experts_implementation("eager")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(**batch)
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
     return counter.get_total_flops()
 
 
