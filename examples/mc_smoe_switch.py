@@ -60,34 +60,39 @@ class Experiment:
 
     def result(self, name: str) -> dict[str, Any]:
         """Build, recover and measure one model by its name."""
-        before = None
+        found = {"model": name, "seed": self.seed}
         if name == "full":
             model = self.full
         elif name in MERGED:
             model = merged(self.full, self.calibration, MERGED[name])
-            before = score(model, self.rows["test"])
             how = replace(self.how, distillation_weight=0.0) if name == "no distillation" else self.how
-            model = self.recovered(model, how)
-            if name == "m-smoe":
-                self.m_smoe = model
+            found |= self.recover(model, how)
+            self.m_smoe = model if name == "m-smoe" else self.m_smoe
         else:
             if self.m_smoe is None:
                 self.result("m-smoe")
             rank = PAPER_RANK if name.endswith("rank 32") else proportional_rank(self.full.config.d_model)
             model = decomposed(self.m_smoe, rank)
-            before = score(model, self.rows["test"])
-            how = replace(self.how, steps=self.options.decomposed_steps)
-            model = self.recovered(model, how, keep_rows=KEEP_ROWS)
+            found |= {
+                "rank": rank,
+                **self.recover(model, replace(self.how, steps=self.options.decomposed_steps), True),
+            }
         after = score(model, self.rows["test"])
-        found = {"model": name, "seed": self.seed, "accuracy": after.accuracy, "loss": after.loss, **self.cost(model)}
-        if before is not None:
-            found |= {"accuracy_before": before.accuracy, "loss_before": before.loss}
-        return found
+        return {**found, "accuracy": after.accuracy, "loss": after.loss, **self.cost(model)}
 
-    def recovered(self, model: PreTrainedModel, how: Recovery, keep_rows: float | None = None) -> PreTrainedModel:
-        """The model after its training."""
+    def recover(self, model: PreTrainedModel, how: Recovery, is_decomposed: bool = False) -> dict[str, Any]:
+        """Train a model in place; what it was before."""
+        before = score(model, self.rows["test"])
         with tempfile.TemporaryDirectory() as folder:
-            return recover(model, self.full, self.rows["train"], how, Path(folder), keep_rows)
+            keep_rows = KEEP_ROWS if is_decomposed else None
+            recover(model, self.full, self.rows["train"], how, Path(folder), keep_rows)
+        layouts = model.config.merged_sparse_moe["layers"].values()
+        return {
+            "accuracy_before": before.accuracy,
+            "loss_before": before.loss,
+            "recovery": {name: getattr(how, name) for name in ("steps", "learning_rate", "distillation_weight")},
+            "experts_per_layer": [layout["num_experts"] for layout in layouts],
+        }
 
     def cost(self, model: PreTrainedModel) -> dict[str, float]:
         """Parameters, bytes of the saved weights, FLOPs a name, and speed beside the full model measured in turns."""
@@ -114,8 +119,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folders", type=Path, nargs="+", help="full models, one a seed")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", help="default: all of them")
-    parser.add_argument("--steps", type=int, default=200, help="of each recovery of a merged model")
-    parser.add_argument("--decomposed-steps", type=int, default=400, help="of the recovery after the decomposition")
+    parser.add_argument("--steps", type=int, default=100, help="of each recovery of a merged model")
+    parser.add_argument("--decomposed-steps", type=int, default=200, help="of the recovery after the decomposition")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     return parser.parse_args()
 

@@ -1,7 +1,10 @@
 """LoRA on compressed models: what is adapted, and that adapters survive disk, merging and every form of experts."""
 
+import copy
+
 import pytest
 import torch
+from all_families import tiny
 from peft import PeftModel, get_peft_model
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
@@ -137,6 +140,14 @@ def test_names_fit_the_model():
 def test_attention_is_found_by_path_or_class(model_type):
     config = lora_config(tiny_model(model_type), experts=False)
     assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}  # not the Mamba or dense layers
+
+
+def test_gates_of_attention_are_not_taken_for_experts():
+    model = copy.deepcopy(tiny("afmoe"))
+    assert any(name.endswith("self_attn.gate_proj") for name, _ in model.named_modules())
+    config = lora_config(model)
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    get_peft_model(model, config)  # PEFT would look for the other half of an expert
 
 
 @pytest.mark.parametrize(

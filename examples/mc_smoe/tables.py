@@ -16,7 +16,7 @@ COLUMNS = {
 
 
 def mean_and_spread(values: list[float], digits: int) -> str:
-    """"mean ± sample standard deviation", the latter where there are several different values."""
+    """ "mean ± sample standard deviation", the latter where there are several different values."""
     mean = f"{statistics.fmean(values):,.{digits}f}"
     if len(values) < 2 or max(values) == min(values):
         return mean
