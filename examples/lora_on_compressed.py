@@ -41,9 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(ASSETS / "tiny-qwen3-moe"))
     parser.add_argument("--train-data", default=str(ASSETS / "calibration.jsonl"))
     parser.add_argument("--eval-data", default=str(ASSETS / "evaluation.jsonl"))
-    parser.add_argument(
-        "--output", type=Path, required=True, help="for the compressed model, adapter and merged model"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="compressed model, adapter and merged model")
     parser.add_argument("--preset", default="m-smoe")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from babel import Locale
-from torch import Tensor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 LANGUAGES = tuple("da nb sv nl af de en fr es pt gl ca it ro cs sk pl sl hr fi et id ms tr az".split())
