@@ -29,7 +29,7 @@ def make_ragged(model):
 
 
 FORMS = {
-    "dense": lambda model: None,
+    "dense": lambda model: model,
     "low_rank_sparse": lambda model: decompose_merged(model, rank=4, keep_rows=0.2, progress=False),
     "ragged": make_ragged,
 }
@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_refused():
         lora_config(llama)
     with pytest.raises(ValueError, match="attention and experts are both False"):
         lora_config(tiny_model("qwen3_moe"), attention=False, experts=False)
-    with pytest.raises(ValueError, match="lora_dropout is 0.1, but PEFT cannot"):
+    with pytest.raises(ValueError, match=r"lora_dropout is 0\.1, but PEFT cannot"):
         lora_config(tiny_model("qwen3_moe"), lora_dropout=0.1)
 
 
