@@ -29,8 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_colla
 import hf_mcsmoe
 from hf_mcsmoe import compress_moe, load_calibration
 from hf_mcsmoe.evaluation import evaluate_model
-from hf_mcsmoe.training import DistillationArguments, DistillationTrainer
-from hf_mcsmoe.training.lora import lora_config
+from hf_mcsmoe.training import DistillationArguments, DistillationTrainer, lora_config
 
 ASSETS = Path(hf_mcsmoe.__file__).parent / "assets"
 SEQUENCE_LENGTH = 256

@@ -37,8 +37,7 @@ from hf_mcsmoe.calibration import Calibration
 from hf_mcsmoe.decompose import decompose_merged
 from hf_mcsmoe.evaluation import evaluate_model
 from hf_mcsmoe.recipe import recipe_from_preset
-from hf_mcsmoe.training import DistillationArguments, DistillationTrainer
-from hf_mcsmoe.training.sparsity import SparsityScheduleCallback
+from hf_mcsmoe.training import DistillationArguments, DistillationTrainer, SparsityScheduleCallback
 
 ASSETS = Path(hf_mcsmoe.__file__).parent / "assets"
 CALIBRATION_ROWS = 64

@@ -18,8 +18,8 @@ FORM_KEYS = ("form", "num_neurons", "rank", "num_rows")
 def harden(model: PreTrainedModel) -> None:
     """Drop the kept rows that are all zero from all decomposed experts of a model, in place.
 
-    The function of the model does not change. Its configuration says the new sizes, so that it can be saved. Make
-    optimisers afterwards.
+    The matrices stay exactly what they are. The configuration says the new sizes, so that the model can be saved.
+    Make optimisers afterwards.
     """
     for name, experts in form_layers(model).items():
         if isinstance(experts, LowRankSparseExperts):
@@ -92,7 +92,7 @@ def put_dense(experts: nn.Module, template: nn.Module, path: str, value: Tensor,
     """Give `experts` the parameter at `path`, with the module around it taken from `template` if it is not there."""
     child, _, rest = path.partition(".")
     if rest and child not in experts._modules:
-        experts.add_module(child, template.get_submodule(child))
+        experts.add_module(child, template.get_submodule(child).train(experts.training))
     owner_name, _, name = path.rpartition(".")
     owner = experts.get_submodule(owner_name)
     if name in owner._parameters:

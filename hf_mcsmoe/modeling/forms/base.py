@@ -149,8 +149,8 @@ def become(
     dense_experts = meta_copy(experts)
     activation = layer.family.activation(layer)
     first = next(iter(old.values()))
-    hooked = next((module for module in experts.modules() if hasattr(module, "_hf_hook")), experts)
-    device = execution_device(hooked) if hooked is not experts or not first.is_meta else first.device
+    hooked = next((module for module in experts.modules() if hasattr(module, "_hf_hook")), None)
+    device = first.device if hooked is None else execution_device(hooked)
     for child in {path.partition(".")[0] for path in old if "." in path}:
         delattr(experts, child)
     for name in [path for path in old if "." not in path]:
@@ -159,13 +159,19 @@ def become(
     for name, value in sorted((parameters | buffers).items()):
         is_parameter = name in parameters
         value = value.detach().to(device=device, dtype=first.dtype if is_parameter else None)
-        add_tensor(experts, name, value.contiguous(), requires_grad=first.requires_grad if is_parameter else None)
+        add_tensor(experts, name, owned(value), requires_grad=first.requires_grad if is_parameter else None)
     change_class(experts, form_class(form, type(experts)))
     experts.expert_activation = activation
     experts.dense_layer = dataclasses.replace(layer, experts=dense_experts, router=None, block=None)
     # transformers' initialization would look for the dense parameters.
     experts._is_hf_initialized = layer.block._is_hf_initialized = True
     return experts
+
+
+def owned(value: Tensor) -> Tensor:
+    """`value`, contiguous and alone in its memory: a view would keep the dense experts alive."""
+    value = value.contiguous()
+    return value if value.is_meta or value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def change_class(experts: nn.Module, new_class: type) -> None:

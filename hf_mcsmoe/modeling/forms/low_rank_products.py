@@ -60,7 +60,7 @@ def stacked(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) 
         return product.masked_fill(is_skipped, 0)
 
     inputs = hidden_states[place % len(index)].masked_fill(is_skipped, 0)
-    outputs = run(module, project, inputs).masked_fill(is_skipped, 0) * weights.T.flatten()[place, None]
+    outputs = run(module, project, inputs) * weights.T.flatten()[place, None]
     by_place = torch.empty_like(outputs).index_copy(0, place, outputs)
     return by_place.view(-1, *hidden_states.shape).sum(0).to(hidden_states.dtype)
 

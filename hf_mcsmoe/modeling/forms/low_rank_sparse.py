@@ -114,9 +114,10 @@ class LowRankSparseExperts(ExpertForm):
         return parts
 
     def harden(self) -> dict[str, Any]:
-        """Drop the kept rows that are all zero, in place; the function stays exactly what it is.
+        """Drop the kept rows that are all zero, in place.
 
-        Call it before an optimiser is made: `{m}_sparse` are new parameters.
+        The matrices stay exactly what they are; a product with fewer rows may be rounded differently. Call it before
+        an optimiser is made: `{m}_sparse` are new parameters.
 
         Returns:
             The changed part of the layer's entry in the layout.

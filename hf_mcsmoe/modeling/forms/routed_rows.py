@@ -95,7 +95,7 @@ def run_by_slot(
     Args:
         run_rows: (inputs (S, D), expert of each (S,) in [0, M)) -> outputs (S, D).
         hidden_states: (T, D).
-        index: (T, k) int64 in [0, M]; slots of M are computed for expert M - 1 and get weight 0.
+        index: (T, k) int64 in [0, M]; slots of M, whose weight is 0, are computed for expert M - 1.
         weights: (T, k).
         num_experts: M.
 
@@ -105,6 +105,5 @@ def run_by_slot(
     top_k = index.shape[1]
     flat = index.flatten()
     outputs = run_rows(hidden_states.repeat_interleave(top_k, dim=0), flat.clamp(max=num_experts - 1))
-    weight = weights.flatten().masked_fill(flat >= num_experts, 0)
-    weighted = outputs * weight[:, None]
+    weighted = outputs * weights.flatten()[:, None]
     return weighted.view(len(index), top_k, -1).sum(1).to(hidden_states.dtype)
