@@ -71,16 +71,21 @@ def test_the_best_student_is_loaded_at_the_end(tmp_path):
 @pytest.mark.parametrize("features", [{}, {"hidden_state_weight": 1.0, "router_weight": 1.0}])
 def test_activation_checkpointing_changes_nothing(task, features, tmp_path):
     original, teacher = models(task)
-    trained = []
+    trained, calls = [], [0, 0]
+
+    def count(*_):
+        calls[checkpointing] += 1
+
     for checkpointing in (False, True):
         student = copy.deepcopy(original)
+        find_routers(student)[0].scores.register_forward_hook(count)
         options = {"activation_checkpointing": checkpointing, **features}
         trainer = trainer_of(student, teacher, task, tmp_path, **options)
         trainer.train()
-        assert student.is_gradient_checkpointing is checkpointing
         trained.append(weights_of(student))
+    assert calls[1] == 2 * calls[0]
     for name, value in trained[1].items():
-        torch.testing.assert_close(value, trained[0][name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, trained[0][name], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_autocast_stays_close(tmp_path):

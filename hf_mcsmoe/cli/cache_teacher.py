@@ -34,7 +34,7 @@ def cache_teacher_command(
     from ..training.recovery import checkpoint_task
     from ..training.recovery_data import RowCollator, load_recovery_data
 
-    tokenizer, task = load_tokenizer(model), checkpoint_task(model)
+    task, tokenizer = checkpoint_task(model), load_tokenizer(model)
     limits = {"num_samples": num_samples, "sequence_length": sequence_length}
     vocab_size = read_config(model).get_text_config().vocab_size
     rows = load_recovery_data(data, tokenizer, task, vocab_size=vocab_size, **limits)

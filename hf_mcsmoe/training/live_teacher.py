@@ -91,9 +91,14 @@ def open_teacher(
     return LiveTeacher(opened)
 
 
+def is_cache_file(path: Path) -> bool:
+    """Whether a path means cached logits, not a model."""
+    return path.suffix == CACHE_ENDING or path.is_file()
+
+
 def _read(teacher: str | Path, args: DistillationArguments) -> PreTrainedModel | CachedTeacher:
     path = Path(teacher).expanduser()
-    if path.suffix == CACHE_ENDING or path.is_file():
+    if is_cache_file(path):
         return CachedTeacher(path)
     device_map = args.teacher_device_map or {"": args.device}
     return load_model(teacher, dtype=args.teacher_dtype, device_map=device_map)

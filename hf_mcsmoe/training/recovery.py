@@ -19,6 +19,8 @@ from ..outcome import package_version
 from ..publishing import REPORT_FILE, read_report, write_card, write_report
 from ..publishing.card import hub_id
 from .arguments import DistillationArguments
+from .cached_teacher import read_description
+from .live_teacher import is_cache_file
 from .recovery_data import RecoveryData, RowCollator, load_recovery_data
 from .targets import Task, task_of
 from .trainer import DistillationTrainer
@@ -97,7 +99,8 @@ def recover_checkpoint(
     check_output_folder(output, overwrite)
     work = working_folder(output)
     args = recovery_arguments(values, work)
-    tokenizer, task = load_tokenizer(folder), checkpoint_task(folder)
+    task, tokenizer = checkpoint_task(folder), load_tokenizer(folder)
+    _check_teacher(values["teacher"])
     vocab_size = read_config(folder).get_text_config().vocab_size
     limits = {"num_samples": num_samples, "sequence_length": sequence_length, "vocab_size": vocab_size}
     rows = load_recovery_data(data, tokenizer, task, **limits)
@@ -123,6 +126,15 @@ def recover_checkpoint(
 def checkpoint_task(folder: str | Path) -> Task:
     """What the model in a folder predicts, from its configuration alone."""
     return task_of(empty_model(read_config(folder)))
+
+
+def _check_teacher(name: str) -> None:
+    """Raise what reading it would raise, before the data is read."""
+    path = Path(name).expanduser()
+    if is_cache_file(path):
+        read_description(path)
+    else:
+        read_config(name)
 
 
 def _prepare_folder(work: Path, asked: dict[str, Any], resume: bool, overwrite: bool) -> None:
