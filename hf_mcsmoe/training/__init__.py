@@ -1,4 +1,4 @@
-"""Training of compressed models: recovery by distillation, and which rows of sparse parts stay."""
+"""Training of compressed models: recovery by distillation, LoRA, and which rows of sparse parts stay."""
 
 from .arguments import DistillationArguments
 from .cache_writer import cache_teacher

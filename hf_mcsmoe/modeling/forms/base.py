@@ -155,7 +155,8 @@ def become(
         delattr(experts, child)
     for name in [path for path in old if "." not in path]:
         remove_tensor(experts, name)
-    for name, value in (parameters | buffers).items():
+    # In one order, however they were made: PEFT nests adapters of parameters in the order of registration.
+    for name, value in sorted((parameters | buffers).items()):
         is_parameter = name in parameters
         value = value.detach().to(device=device, dtype=first.dtype if is_parameter else None)
         add_tensor(experts, name, owned(value), requires_grad=first.requires_grad if is_parameter else None)
