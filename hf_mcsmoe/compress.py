@@ -168,11 +168,6 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
             f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
             "Merge adapters first (merge_and_unload) if it is a PEFT model."
         )
-    if recipe.decomposition is not None:
-        raise ValueError(
-            f"decomposition {recipe.decomposition!r} can be planned, but compress_moe cannot run it yet. "
-            "Leave decomposition out."
-        )
     check_layout(find_layers(model), recipe, model=model)
 
 
@@ -187,8 +182,8 @@ def compress_in_memory(
     before = count(model)
     check_finite(layers)
     needs = recipe.statistics_needed() - {"weights"}
-    tokens = recipe.fit_tokens if recipe.is_fitted else 0
-    held_out = FIT_HELD_OUT_TOKENS if recipe.is_fitted else HELD_OUT_TOKENS
+    tokens = recipe.fit_tokens if recipe.needs_inputs else 0
+    held_out = FIT_HELD_OUT_TOKENS if recipe.needs_inputs else HELD_OUT_TOKENS
     how = {"seed": recipe.seed, "progress": progress, "held_out_tokens": held_out}
     kept_at_once = 0 if recipe.sequential else tokens
     collected = collect(model, [*layers, *tied], data, needs, calibration_tokens=kept_at_once, **how)

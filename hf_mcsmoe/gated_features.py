@@ -112,6 +112,34 @@ def sum_expert_grams(experts: PackedExperts, activation: Activation, batches: It
     return grams
 
 
+@torch.no_grad()
+def sum_input_grams(
+    experts: PackedExperts, activation: Activation, batches: Iterable[RoutedTokens]
+) -> dict[str, list[Tensor]]:
+    """For each matrix of each expert the sum of the outer products of what it is multiplied with.
+
+    A token counts once for each expert that it goes to, without the gate.
+
+    Returns:
+        "up", and "gate" where there is one: (D, D) for each expert; "down": (width, width). float64. Memory:
+        8 bytes times M (D^2 + I^2).
+    """
+    device, dtype, hidden = experts.up.device, sum_dtype(experts.up.device), experts.up.shape[1]
+    inward = [torch.zeros(hidden, hidden, dtype=dtype, device=device) for _ in range(experts.num_experts)]
+    outward = [torch.zeros(width, width, dtype=dtype, device=device) for width in experts.widths.tolist()]
+    for batch in batches:
+        for part in chunks(batch.gates.shape[0]):
+            hidden_states = batch.hidden_states[part].to(device)
+            is_routed = (batch.gates[part].to(device) != 0).float()
+            found = features_of_experts(experts, activation, hidden_states, is_routed)
+            for expert, (tokens, features) in enumerate(found):
+                inputs = hidden_states[tokens].float()
+                inward[expert] += (inputs.T @ inputs).to(dtype)
+                outward[expert] += (features.T @ features).to(dtype)
+    names = ("up",) if experts.gate is None else ("gate", "up")
+    return dict.fromkeys(names, inward) | {"down": outward}
+
+
 def chunks(num_tokens: int) -> list[slice]:
     """The slices of at most `CHUNK_TOKENS` tokens that make up `num_tokens`."""
     return [slice(start, start + CHUNK_TOKENS) for start in range(0, num_tokens, CHUNK_TOKENS)]

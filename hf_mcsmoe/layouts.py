@@ -158,6 +158,11 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     tensors = [id(p) for layer in layers if layer.name not in tied for p in layer.expert_parameters.values()]
     if len(set(tensors)) < len(tensors):
         raise ValueError(f"{named} ties some matrices of experts, not all. Such a model is not supported.")
+    if tied and (recipe.selection is not None or recipe.decomposition is not None):
+        raise ValueError(
+            f"{named} has layers that share their experts; selection and decomposition cannot treat them. "
+            "Use a recipe without these steps."
+        )
     kept, excluded = resolve_layers(layers, recipe)
     for layer in kept:
         _check_family(layer, recipe)
@@ -194,14 +199,11 @@ def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
         raise ValueError(
             f"num_experts is {budget}, but {layer.name!r} has {layer.num_slots} experts. Ask for 1..{layer.num_slots}."
         )
-    if recipe.decomposition is None:
-        return
-    limit = min(layer.hidden_size, layer.intermediate_size)
-    if recipe.rank > limit:
-        raise ValueError(
-            f"rank is {recipe.rank}, but the matrices of {layer.name!r} are {layer.intermediate_size} x "
-            f"{layer.hidden_size}. Use a rank of at most {limit}, well below it to save anything."
-        )
+    if recipe.decomposition is not None:
+        try:
+            expert_size(layer, recipe)
+        except ValueError as error:
+            raise ValueError(f"decomposition_options do not fit {layer.name!r}: {error}") from error
 
 
 def plan(
@@ -290,6 +292,8 @@ def _routing_change(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     # A ragged layer also stores where its experts start.
     full = num_experts * layer.intermediate_size
     offsets = num_experts + 1 if neurons_of_layer(layer, recipe, num_experts) < full else 0
+    if recipe.decomposition is not None:  # and of each matrix, where the rows of experts start
+        offsets = (3 if layer.format.has_gate else 2) * (num_experts + 1)
     return Sizes(0, 0, 0, (layer.num_slots + layer.num_identity_slots + offsets) * INDEX_BYTES, 0, 0)
 
 
@@ -312,7 +316,7 @@ def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_p
         if len({layer.bytes_per_expert for layer in kept}) > 1:
             notes.append("Experts differ in size between layers, so the totals are estimates.")
     if any(layer.expert_bytes_after > layer.expert_bytes_before for layer in layer_plans):
-        notes.append(f"rank {recipe.rank} and keep_rows {recipe.keep_rows} store more than the experts they replace.")
+        notes.append(f"{recipe.decomposition_options} store more than the experts they replace.")
     if getattr(model.config, "is_encoder_decoder", False):
         notes.append("Active parameters and FLOPs are those of one source and one target token together.")
     if getattr(model.config, "quantization_config", None) is not None:

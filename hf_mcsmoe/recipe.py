@@ -8,7 +8,9 @@ from typing import Any
 
 from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
+from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
+from .low_rank import num_kept_rows
 from .merging import MERGING
 from .presets import PRESETS
 from .refit import REFIT
@@ -28,8 +30,10 @@ STEPS: dict[str, Registry] = {
     "importance": SALIENCY,
     "selection": SELECTION,
     "refit": REFIT,
+    "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit")
+OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "decomposition")
+NOT_STATISTICS = {"input_gram"}  # made of the tokens that a layer keeps, when it is its turn
 
 
 def is_number(value: Any, kind: Any) -> bool:
@@ -66,8 +70,8 @@ class Recipe:
         fit_tokens: Calibration tokens that selection and refit see, about.
         exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
             `fnmatch` on the name of the experts module (str).
-        decomposition: None, or "low_rank_sparse": W = L R + S with `rank` and the share `keep_rows` of
-            the rows of S.
+        decomposition: How every matrix of the merged experts becomes W = L R + S of low rank and few rows; None
+            leaves it. Its options are `rank` or `parameter_ratio`, `keep_rows` (the share of the rows of S), ...
         collapse_duplicates: In the mapped layout several slots of a token may hold one expert; compute
             it once and add the weights. "auto" does so where held-out tokens show enough duplicates.
         seed: Seeds whatever draws random numbers.
@@ -192,44 +196,20 @@ class Recipe:
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
             )
-        if self.decomposition is not None:
-            self._check_decomposition()
-        elif self.decomposition_options:
-            raise ValueError(
-                f"decomposition_options is {self.decomposition_options} but decomposition is None. "
-                "Name the decomposition they belong to."
-            )
-
-    def _check_decomposition(self) -> None:
-        if self.decomposition != "low_rank_sparse":
-            raise ValueError(f"Unknown decomposition {self.decomposition!r}; choose one of ['low_rank_sparse'].")
-        if self.layout == "native":
+        if self.decomposition is not None and self.layout == "native":
             raise ValueError("decomposition needs layout 'mapped', got 'native'. No plain model can hold factors.")
-        unknown = set(self.decomposition_options) - {"rank", "keep_rows"}
-        if unknown:
+        if self.decomposition is not None and self.selection is not None:
             raise ValueError(
-                f"decomposition 'low_rank_sparse' has no option {sorted(unknown)}; it has rank, keep_rows."
+                f"decomposition is {self.decomposition!r} and selection is {self.selection!r}, but experts of "
+                "different widths cannot be decomposed. Leave one of them out."
             )
-        rank, keep_rows = self.rank, self.keep_rows
-        if not (is_number(rank, int) and rank >= 1):
-            raise ValueError(f"rank is {rank!r}, it must be a whole number >= 1.")
-        if not (is_number(keep_rows, float | int) and 0 <= keep_rows <= 1):
-            raise ValueError(f"keep_rows is {keep_rows!r}, it must be in [0, 1].")
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factors of a decomposed expert (paper: 32)."""
-        return self.decomposition_options.get("rank", 32)
-
-    @property
-    def keep_rows(self) -> float:
-        """Share of the rows of the sparse part that a decomposed expert keeps (paper: 0.1)."""
-        return self.decomposition_options.get("keep_rows", 0.1)
+        if self.decomposition is not None:
+            num_kept_rows(self.decomposition_options.get("keep_rows", 0.0), 1)  # refuses what is no share
 
     def statistics_needed(self) -> frozenset[str]:
         """Union of the fields of `LayerStatistics` that the steps read."""
         used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
-        return frozenset().union(*(registry.needs(name) for registry, name in used))
+        return frozenset().union(*(registry.needs(name) for registry, name in used)) - NOT_STATISTICS
 
     def experts_per_layer(self, num_experts: int) -> int:
         """Average number of experts that a layer of `num_experts` keeps.
@@ -256,8 +236,14 @@ class Recipe:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether layers are run again on what they were given in calibration."""
+        """Whether neurons are selected or down projections fitted."""
         return self.selection is not None or self.refit is not None
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether layers are run again on what they were given in calibration."""
+        reads_grams = self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)
+        return self.is_fitted or bool(reads_grams)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, without defaults; `Recipe(**d)` and `recipe_from_dict(d)` give the recipe back."""

@@ -13,11 +13,10 @@ from hf_mcsmoe.grouping.dominant_experts import group_around_dominant_experts
 from hf_mcsmoe.layer_compression import (
     WORTH_COLLAPSING,
     duplicate_share,
-    group_experts,
-    merge_groups,
     worth_collapsing,
 )
 from hf_mcsmoe.layer_inputs import LayerInputs, relative_error, routed_output
+from hf_mcsmoe.layer_merging import group_experts, merge_groups
 from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.similarity.router_logits import router_logit_similarity

@@ -50,6 +50,7 @@ def layer_report(number, experts=8, error=0.1, unused=0):
         group_of_expert=[slot % experts for slot in range(16)],
         dominant_of_group=list(range(experts)),
         usage_frequency=[1 / 16] * 16,
+        widths=[64] * experts,
     )
 
 

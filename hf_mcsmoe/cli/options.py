@@ -97,7 +97,7 @@ def build_recipe(
     if rank is not None or keep_rows is not None:
         given = {"rank": rank, "keep_rows": keep_rows}
         options = base.decomposition_options | {name: value for name, value in given.items() if value is not None}
-        changes |= {"decomposition": "low_rank_sparse", "decomposition_options": options}
+        changes |= {"decomposition": base.decomposition or "low_rank_sparse", "decomposition_options": options}
     return recipe_from_dict({**base.to_dict(), **changes})
 
 

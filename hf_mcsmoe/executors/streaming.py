@@ -170,7 +170,9 @@ def stream(run: StreamingRun, one_pass: bool) -> None:
     rule = ALLOCATION[run.recipe.allocation]
     allotted = rule(saliency_of_layer, budget, **run.recipe.allocation_options)
     names = [layer.name for layer in layers]
-    run.compress(description, dict(zip(names, allotted, strict=True)), with_forward=one_pass or run.recipe.is_fitted)
+    run.compress(
+        description, dict(zip(names, allotted, strict=True)), with_forward=one_pass or run.recipe.needs_inputs
+    )
     run.write_rest()
 
 

@@ -243,8 +243,8 @@ class StreamingRun:
                 seed=self.recipe.seed,
                 progress=False,
                 forward=forward,
-                held_out_tokens=FIT_HELD_OUT_TOKENS if self.recipe.is_fitted else HELD_OUT_TOKENS,
-                calibration_tokens=self.recipe.fit_tokens if self.recipe.is_fitted else 0,
+                held_out_tokens=FIT_HELD_OUT_TOKENS if self.recipe.needs_inputs else HELD_OUT_TOKENS,
+                calibration_tokens=self.recipe.fit_tokens if self.recipe.needs_inputs else 0,
             )
         self.summary.add_seconds("forward", start)
         self.summary.bytes_written += writer.num_bytes

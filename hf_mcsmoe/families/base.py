@@ -52,14 +52,6 @@ class MoeFamily:
         """The inverse of `stack`, for any number of experts; no two of the tensors share memory."""
         return stacked
 
-    def narrow(self, layer: MoeLayer, stacked: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-        """Room for experts of another width: copies of `stacked` with the first `width` neurons of each.
-
-        Raises:
-            NotImplementedError: Experts of this family cannot have another width, see `no_forms_because`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} of {layer.name!r} cannot change its width to {width}.")
-
     def stored_experts(self, layer: MoeLayer) -> int:
         """How many experts the module of `layer` holds now; `layer.num_experts` tells how many it held when found."""
         raise NotImplementedError

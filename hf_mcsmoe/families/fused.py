@@ -74,16 +74,6 @@ class FusedExperts(MoeFamily):
         rows = (layer.num_experts, layer.num_experts + layer.num_identity_slots)
         return {name: p for name, p in named if p.dim() >= 2 and p.shape[0] in rows}
 
-    def narrow(self, layer: MoeLayer, stacked: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-        inner, outer = (2, 1) if layer.format.is_transposed else (1, 2)
-        axis_of = {"gate_up_proj": inner, "up_proj": inner, "down_proj": outer, "gate_up_proj_bias": 1}
-        axis_of["up_proj_bias"] = 1
-        rows = {"gate_up_proj": 2 * width, "gate_up_proj_bias": 2 * width}
-        return {
-            name: t.narrow(axis_of[name], 0, rows.get(name, width)).clone() if name in axis_of else t.clone()
-            for name, t in stacked.items()
-        }
-
     def stored_experts(self, layer: MoeLayer) -> int:
         return layer.experts.down_proj.shape[0]
 

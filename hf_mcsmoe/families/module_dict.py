@@ -65,11 +65,6 @@ class ModuleDictExperts(MoeFamily):
             for expert, tensor in enumerate(tensors)
         }
 
-    def narrow(self, layer: MoeLayer, stacked: dict[str, Tensor], width: int) -> dict[str, Tensor]:  # noqa: ARG002
-        first, second = (name for name, tensor in stacked.items() if tensor.dim() == 3)
-        axis_of = {first: 1, second: 2, first.removesuffix("weight") + "bias": 1}
-        return {n: t.narrow(axis_of[n], 0, width).clone() if n in axis_of else t.clone() for n, t in stacked.items()}
-
     def stored_experts(self, layer: MoeLayer) -> int:
         return count_experts(layer.experts)
 

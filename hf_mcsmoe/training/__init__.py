@@ -4,6 +4,7 @@ from .arguments import DistillationArguments
 from .cache_writer import cache_teacher
 from .cached_teacher import CachedTeacher
 from .gradient_importance import prune_by_gradients
+from .lora import lora_config
 from .row_pruner import RowPruner, sparse_parts
 from .schedule import cubic_schedule
 from .sparsity import SparsityScheduleCallback
@@ -17,6 +18,7 @@ __all__ = [
     "SparsityScheduleCallback",
     "cache_teacher",
     "cubic_schedule",
+    "lora_config",
     "prune_by_gradients",
     "sparse_parts",
 ]
