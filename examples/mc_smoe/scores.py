@@ -71,7 +71,9 @@ def expert_usage(model: PreTrainedModel, rows: list[Row], batch_size: int = 256)
 def count_flops(model: PreTrainedModel, batch: dict[str, Tensor]) -> int:
     """Floating point operations of one forward pass: matrix products as torch's own counter sees them.
 
-    It does not see into grouped products, so experts run one by one meanwhile (Switch Transformers' always do).
+    It does not see into grouped products, so experts run one by one meanwhile (Switch Transformers' always do). Nor
+    does it see fused attention on a CPU: of such models the products of queries with keys and values are missing,
+    which are the same in all of them.
     """
     model.eval()
     implementation = getattr(model.config, "_experts_implementation", None)
