@@ -35,6 +35,7 @@ class FittedExperts:
     is_refitted: bool  # False where the refit did not lower the held-out error: it was dropped
 
 
+@torch.no_grad()
 def original_output(experts: PackedExperts, activation: Activation, inputs: LayerInputs) -> list[Tensor]:
     """What the experts of the original layer give for the kept tokens, (t, D) float32 a batch."""
     targets = []
@@ -114,6 +115,7 @@ def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uni
     return torch.cat(kept)
 
 
+@torch.no_grad()
 def refit_down(
     experts: PackedExperts,
     activation: Activation,
