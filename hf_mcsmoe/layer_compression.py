@@ -65,7 +65,8 @@ def compress_layer(
         if recipe.matching is not None:
             fitted = match_layer(layer, recipe, collected, tokens, fitted)
     install(layer, recipe, merged, tokens, fitted, layout)
-    after = routed_output(layer, collected.held_out, reroute=merged.routing.rows is not None)
+    reroute = merged.routing.rows is not None or recipe.matching is not None
+    after = routed_output(layer, collected.held_out, reroute=reroute)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
     gone = num_experts * layer.intermediate_size - sum(widths)
     report = LayerReport(
@@ -156,10 +157,10 @@ def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:
 def match_layer(
     layer: MoeLayer, recipe: Recipe, collected: Collected, tokens: LayerTokens, fitted: FittedExperts
 ) -> FittedExperts:
-    """Train the experts, and the router in place, then refit under its new gates."""
+    """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now."""
     how = {"seed": recipe.seed, **recipe.matching_options}
     router = others = None
-    if can_train_router(layer) and how.get("router", True):
+    if can_train_router(layer) and (MATCHING.options(recipe.matching) | how).get("router"):
         router = TrainableRouter(layer, collected.calibration, tokens.assignment)
         others = router.beside(collected.held_out)
     seen, held_out = MatchingTokens(tokens.calibration, router), MatchingTokens(tokens.held_out, others)
