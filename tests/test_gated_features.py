@@ -168,7 +168,7 @@ def assert_modules_agree(model, called):
     seen = {}
 
     def keep(layer):
-        def hook(module, args, kwargs):
+        def hook(module, args, kwargs):  # noqa: ARG001
             states, index, weights = layer.family.routed_inputs(args, kwargs)
             seen[layer.name] = (states, *ignore_passive(index, weights, layer.num_slots))
 

@@ -26,6 +26,7 @@ def refit_by_least_squares(
     output of the original layer: the experts make up for each other, for neurons that are gone, and for gates that
     changed. `ridge_e` is `ridge` times the mean energy of the expert's features, so it pulls rarely used experts to
     the weights they had. The ridge is the one with the least held-out error; without held-out tokens the largest.
+    A ridge too small for the precision of the sums, which leaves them singular, is passed over.
 
     Args:
         sums: Of the calibration tokens.
@@ -35,7 +36,7 @@ def refit_by_least_squares(
         ridges: Candidates.
 
     Returns:
-        (P, D) float64. Time O(P^3) for each ridge, memory 16 P^2 bytes.
+        (P, D) float64; down0 where no token gave a feature or every ridge was passed over. Time O(P^3) for each ridge, memory 16 P^2 bytes.
 
     Raises:
         ValueError: `ridges` has no positive number.
@@ -47,8 +48,10 @@ def refit_by_least_squares(
     residual = sums.cross - sums.gram @ down
     best, least = down, float("inf")
     for ridge in sorted(ridges, reverse=True):
-        damped = sums.gram + torch.diag(ridge * energy)
-        fitted = down + torch.cholesky_solve(residual, torch.linalg.cholesky(damped))
+        factor, is_singular = torch.linalg.cholesky_ex(sums.gram + torch.diag(ridge * energy))
+        if is_singular:
+            continue
+        fitted = down + torch.cholesky_solve(residual, factor)
         error = held_out.error(everything, fitted) if held_out is not None else 0.0
         if error < least:
             best, least = fitted, error
