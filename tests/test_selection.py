@@ -102,7 +102,7 @@ def test_the_cheapest_neuron_costs_what_refitting_the_others_cannot_make_up_for(
 
 
 @pytest.mark.parametrize("block", [0.3, 0.5, 1.0])
-def test_costs_of_blocks_add_up_to_the_minimum_without_any_of_them(block, tokens):
+def test_costs_of_blocks_add_up_to_the_minimum_without_any_of_them(block):
     experts = packed_experts(widths=(12,), seed=3)
     (gram,) = grams_of(experts, routed(30, 1, top_k=1))
     down, damping = experts.down.double(), damping_of(gram)
