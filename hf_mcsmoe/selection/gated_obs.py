@@ -30,29 +30,30 @@ def saliency_by_gated_obs(
     Args:
         experts: P neurons of M experts.
         grams: For each expert the sum of phi phi^T, (width, width) float64.
-        ridge: Relative to the mean energy of the expert's neurons. An expert that no token reached counts as if one
-            average token had.
+        ridge: Relative to the mean energy of the expert's neurons. Where that is all but 0 neurons rank by their
+            |down|^2, behind those of any other expert.
         block: Share of an expert's remaining neurons that go between two updates.
 
     Returns:
         (P,) float64, >= 0: squared output error. Time O(I^3), memory O(I^2) for each expert.
     """
     energies = torch.stack([gram.diagonal().sum() / max(1, len(gram)) for gram in grams])
-    counts = energies.mean() * UNSEEN
+    mean = energies.mean()
+    least = torch.where(mean > 0, mean * SILENT, 1)  # without any energy all neurons rank by |down|^2
     offsets = experts.offsets.tolist()
     saliency = grams[0].new_zeros(experts.num_neurons)
     for expert, gram in enumerate(grams):
         neurons = slice(offsets[expert], offsets[expert + 1])
         if neurons.start == neurons.stop:
             continue
-        damping = ridge * torch.maximum(energies[expert], counts)
+        damping = ridge * torch.maximum(energies[expert], least)
         hessian = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         saliency[neurons] = removal_costs(hessian, experts.down[neurons].to(gram.dtype), block)
     return saliency
 
 
-# Energy of an expert that no token reached, relative to the mean of all: small beside any that was used.
-UNSEEN = 1e-6
+# Energy of an expert that never answers, relative to the mean of all: small beside any that does.
+SILENT = 1e-6
 
 
 def removal_costs(hessian: Tensor, down: Tensor, block: float) -> Tensor:
