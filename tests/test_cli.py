@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from hf_mcsmoe.cli import app
 from hf_mcsmoe.cli.options import build_recipe
 from hf_mcsmoe.cli.tables import human, human_bytes, name_pattern, span
-from hf_mcsmoe.planning import plan
 from hf_mcsmoe.loading import load_model
+from hf_mcsmoe.planning import plan
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 
