@@ -10,7 +10,7 @@ from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
-from .low_rank import num_kept_rows
+from .low_rank import check_budget
 from .matching import MATCHING
 from .merging import MERGING
 from .presets import PRESETS
@@ -75,7 +75,8 @@ class Recipe:
         exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
             `fnmatch` on the name of the experts module (str).
         decomposition: How every matrix of the merged experts becomes W = L R + S of low rank and few rows; None
-            leaves it. Its options are `rank` or `parameter_ratio`, `keep_rows` (the share of the rows of S), ...
+            leaves it. Its options are `rank` (else 32) or `parameter_ratio`, `keep_rows` (the share of the rows of S)
+            and `alternations`.
         collapse_duplicates: In the mapped layout several slots of a token may hold one expert; compute
             it once and add the weights. "auto" does so where held-out tokens show enough duplicates.
         seed: Seeds whatever draws random numbers.
@@ -215,8 +216,7 @@ class Recipe:
                 f"decomposition is {self.decomposition!r} and selection is {self.selection!r}, but experts of "
                 "different widths cannot be decomposed. Leave one of them out."
             )
-        if self.decomposition is not None:
-            num_kept_rows(self.decomposition_options.get("keep_rows", 0.0), 1)  # refuses what is no share
+        check_budget(self.decomposition_options)
 
     def statistics_needed(self) -> frozenset[str]:
         """Union of the fields of `LayerStatistics` that the steps read."""
