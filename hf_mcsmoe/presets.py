@@ -1,4 +1,4 @@
-"""Presets: the published methods as recipes. Data, one entry a method."""
+"""Presets: methods as recipes, published ones and ours. Data, one entry a method."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A published method: its recipe, and where it comes from."""
+    """A method: its recipe, and where it comes from."""
 
     paper: str
     url: str
@@ -15,7 +15,35 @@ class Preset:
     recipe: Mapping[str, Any]
 
 
+OURS = (
+    "Ours, without a paper; it builds on Second order derivatives for network pruning: Optimal Brain Surgeon "
+    "(Hassibi & Stork, 1993)"
+)
+SURGEON = "https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-Abstract.html"
+# Whole experts stay whole until the selection takes neurons; which experts stay is a matter of their use.
+SELECT_AND_REFIT = {
+    "allocation": "uniform",
+    "similarity": None,
+    "grouping": "drop",
+    "alignment": None,
+    "merging": None,
+    "selection": "gated_obs",
+    "refit": "least_squares",
+}
+OBS = (
+    "Neurons go by the Optimal Brain Surgeon, applied to the gated features of each expert on calibration tokens; "
+    "then one ridge regression fits all down projections of a layer to its original output."
+)
+MATCHED = "After that a few hundred steps of Adam on each layer alone, its router included, and the regression again."
+
 PRESETS: dict[str, Preset] = {
+    "auto": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes="Tries several recipes on copies of the model and takes the one of least KL on held-out calibration "
+        "tokens. The steps here are not what it does; the report says which recipe it took.",
+        recipe={},
+    ),
     "m-smoe": Preset(
         paper="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (Li et al., 2024)",
         url="https://arxiv.org/abs/2310.01334",
@@ -38,5 +66,29 @@ PRESETS: dict[str, Preset] = {
         url="https://arxiv.org/abs/2310.01334",
         notes="Keeps the most used experts as they are and drops the others.",
         recipe={"similarity": None, "grouping": "drop", "alignment": None, "merging": None},
+    ),
+    "joint-obs": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} The budget is shared by all experts of a layer, so they end up with different widths.",
+        recipe=SELECT_AND_REFIT,
+    ),
+    "narrow-obs": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} All experts become equally narrow, so the result is a plain model of the same class.",
+        recipe={"layout": "native", **SELECT_AND_REFIT},
+    ),
+    "joint-obs-matched": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} The budget is shared by all experts of a layer, so they end up with different widths. {MATCHED}",
+        recipe={**SELECT_AND_REFIT, "matching": "adam"},
+    ),
+    "narrow-obs-matched": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} All experts become equally narrow, so the result is a plain model of the same class. {MATCHED}",
+        recipe={"layout": "native", **SELECT_AND_REFIT, "matching": "adam"},
     ),
 }
