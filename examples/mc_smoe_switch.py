@@ -35,13 +35,13 @@ KEEP_ROWS = 0.1
 MEASURED_NAMES = 64  # in the batch of FLOPs and speed; the paper takes 64 inputs too
 TRAINED_ON = "full, trained on"
 MAIN = ("full", TRAINED_ON, "pruned by usage", "m-smoe", "mc-smoe")
-MERGED = {
-    "m-smoe": recipe_of("m-smoe"),
-    "pruned by usage": recipe_of("frequency"),
-    "no alignment": recipe_of("m-smoe", alignment=None),
-    "uniform budget": recipe_of("m-smoe", allocation="uniform"),
-    "plain average": recipe_of("m-smoe", merging="average"),
-    "no distillation": recipe_of("m-smoe"),
+MERGED: dict[str, dict[str, Any]] = {
+    "m-smoe": {"preset": "m-smoe"},
+    "pruned by usage": {"preset": "frequency"},
+    "no alignment": {"preset": "m-smoe", "alignment": None},
+    "uniform budget": {"preset": "m-smoe", "allocation": "uniform"},
+    "plain average": {"preset": "m-smoe", "merging": "average"},
+    "no distillation": {"preset": "m-smoe"},
 }
 
 
@@ -71,7 +71,7 @@ class Experiment:
             steps = self.options.steps + self.options.decomposed_steps
             found |= self.recover(model, replace(self.how, steps=steps, distillation_weight=0.0))
         elif name in MERGED:
-            model = merged(self.full, self.calibration, MERGED[name])
+            model = merged(self.full, self.calibration, recipe_of(num_experts=self.options.experts, **MERGED[name]))
             how = replace(self.how, distillation_weight=0.0) if name == "no distillation" else self.how
             found |= self.recover(model, how)
             self.m_smoe = model if name == "m-smoe" else self.m_smoe
@@ -126,6 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folders", type=Path, nargs="+", help="full models, one a seed")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", help="default: all of them")
+    parser.add_argument("--experts", type=int, default=8, help="of 32, on average of the layers that are merged")
     parser.add_argument("--steps", type=int, default=100, help="of each recovery of a merged model")
     parser.add_argument("--decomposed-steps", type=int, default=200, help="of the recovery after the decomposition")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
