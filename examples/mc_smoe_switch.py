@@ -159,6 +159,7 @@ def main() -> None:
             results.append(experiment.result(name))
             write(results, options.output)
             print({key: results[-1][key] for key in ("model", "seed", "accuracy", "loss", "parameters")}, flush=True)
+    write(results, options.output)
     print(results_table(results))
     for model in ("m-smoe", "mc-smoe"):
         if any(result["model"] == model for result in results) and any(r["model"] == "full" for r in results):
