@@ -36,7 +36,7 @@ from hf_mcsmoe import compress_moe, load_calibration
 from hf_mcsmoe.calibration import Calibration
 from hf_mcsmoe.decompose import decompose_merged
 from hf_mcsmoe.evaluation import evaluate_model
-from hf_mcsmoe.recipe import recipe_from_preset
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.training import DistillationArguments, DistillationTrainer, SparsityScheduleCallback
 
 ASSETS = Path(hf_mcsmoe.__file__).parent / "assets"

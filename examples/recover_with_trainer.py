@@ -1,4 +1,4 @@
-"""Compress a MoE model to half of its experts, and recover it with the original as its teacher. Two minutes on a CPU.
+"""Compress a MoE model to half of its experts, and recover it with the original as its teacher. Minutes on a CPU.
 
 python examples/recover_with_trainer.py                          # the tiny model that ships, offline
 python examples/recover_with_trainer.py --model Qwen/Qwen3-30B-A3B --data texts.jsonl --output out

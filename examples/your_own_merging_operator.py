@@ -15,7 +15,7 @@ import hf_mcsmoe
 from hf_mcsmoe import compress_moe
 from hf_mcsmoe.evaluation import evaluate_model, load_evaluation_data
 from hf_mcsmoe.merging import MERGING
-from hf_mcsmoe.recipe import recipe_from_preset
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 ASSETS = Path(hf_mcsmoe.__file__).parent / "assets"
 MODEL = ASSETS / "tiny-qwen3-moe"

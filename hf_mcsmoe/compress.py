@@ -1,5 +1,6 @@
 """compress_moe: the whole pipeline, from the user's model to a smaller one."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
 from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
-from .executors.in_memory import collect_statistics
+from .executors.in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, collect, reached
 from .families import find_layers, reading_part, tied_layers
 from .layer_compression import compress_layer, follow
-from .layouts import budget_of_layer, check_layout, plan, resolve_layers
+from .layouts import budget_of_layer, check_layout, native_target, plan, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
-from .modeling.native_config import counting_parts
 from .modeling.offload import fetched
 from .outcome import conclude, count
-from .recipe import PRESETS, Recipe, recipe_from_preset, recipe_from_yaml
+from .recipe import PRESETS, Recipe
+from .recipe_reading import recipe_from_preset, recipe_from_yaml
 from .saliency import SALIENCY
 from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
 
@@ -167,11 +168,6 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
             f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
             "Merge adapters first (merge_and_unload) if it is a PEFT model."
         )
-    if recipe.decomposition is not None:
-        raise ValueError(
-            f"decomposition {recipe.decomposition!r} can be planned, but compress_moe cannot run it yet. "
-            "Leave decomposition out."
-        )
     check_layout(find_layers(model), recipe, model=model)
 
 
@@ -186,23 +182,34 @@ def compress_in_memory(
     before = count(model)
     check_finite(layers)
     needs = recipe.statistics_needed() - {"weights"}
-    statistics, samples = collect_statistics(model, [*layers, *tied], data, needs, seed=recipe.seed, progress=progress)
+    tokens = recipe.fit_tokens if recipe.needs_inputs else 0
+    held_out = FIT_HELD_OUT_TOKENS if recipe.needs_inputs else HELD_OUT_TOKENS
+    how = {"seed": recipe.seed, "progress": progress, "held_out_tokens": held_out}
+    kept_at_once = 0 if recipe.sequential else tokens
+    collected = collect(model, [*layers, *tied], data, needs, calibration_tokens=kept_at_once, **how)
+    statistics = reached(collected)
     layers, warnings = leave_unreached(layers, statistics, recipe)
     allotted = allocate(layers, recipe, statistics)
-    paths = counting_parts(model, layers, excluded, allotted[0]) if recipe.layout == "native" else set()
+    native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     reports: list[LayerReport] = []
     layouts: dict[str, Any] = {}
     bar = tqdm(layers, desc="merging", unit="layer", disable=not progress, delay=2)
     for layer, num_experts in zip(bar, allotted, strict=True):
-        sample = samples.pop(layer.name)
-        report, layouts[layer.name] = compress_layer(layer, recipe, statistics[layer.name], num_experts, sample)
+        of_layer = collected.pop(layer.name)
+        if recipe.sequential:
+            shared = [layer, *(other for other, first in tied.items() if first is layer)]
+            again = collect(model, shared, data, frozenset(), calibration_tokens=tokens, **how | {"progress": False})
+            of_layer = dataclasses.replace(again[layer.name], statistics=of_layer.statistics)
+        report, layouts[layer.name] = compress_layer(layer, recipe, of_layer, num_experts)
         reports.append(report)
         for other in [other for other, first in tied.items() if first is layer]:
             follow(other, layer, report, layouts[layer.name], recipe)
             layouts[other.name] = layouts[layer.name]
     if tied:
         model.tie_weights()
-    conclude(model, recipe, data, layers, reports, layouts, paths=paths, before=before, start=start, warnings=warnings)
+    conclude(
+        model, recipe, data, layers, reports, layouts, native=native, before=before, start=start, warnings=warnings
+    )
     return model.compression_report
 
 

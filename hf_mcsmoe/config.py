@@ -8,7 +8,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .recipe import RECIPE_FIELDS, Recipe, recipe_from_dict
+from .recipe import Recipe
+from .recipe_reading import RECIPE_FIELDS, recipe_from_dict
 from .registry import closest
 
 FORMAT_VERSION = 1

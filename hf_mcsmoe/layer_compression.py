@@ -1,87 +1,189 @@
 """One layer through the steps of a recipe: group, align, merge, route, install, and measure what it did."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .alignment import ALIGNMENT
-from .executors.in_memory import HeldOutSample, ignore_passive
-from .grouping import GROUPING
-from .merging import MERGING
-from .modeling.experts import install_mapped, install_native
+from .executors.in_memory import Collected
+from .expert_decomposition import decompose_experts
+from .expert_values import PackedExperts
+from .gated_features import Activation, RoutedTokens, sum_input_grams
+from .layer_fit import FittedExperts, fit_experts, original_output, routed_tokens
+from .layer_inputs import LayerInputs, relative_error, routed_output
+from .layer_merging import MergedLayer, merge_layer
+from .modeling.experts import install_mapped, install_native, replace_experts
+from .modeling.install_forms import install_low_rank_sparse, install_ragged
 from .modeling.offload import fetched
 from .recipe import Recipe
 from .routing import ROUTING
-from .saliency import SALIENCY
-from .similarity import SIMILARITY
-from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer, permute
+from .sizes import expert_size, neuron_size
+from .types import ExpertGroups, ExpertWeights, LayerReport, MoeLayer
 
 # Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
 WORTH_COLLAPSING = 0.1
 
 
 def compress_layer(
-    layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics, num_experts: int, sample: HeldOutSample
+    layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int
 ) -> tuple[LayerReport, dict[str, Any]]:
     """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
+
+    A recipe that selects neurons or refits also needs all experts in float32, what `collected` kept of the calibration
+    tokens, and the sums of `FeatureSums` for the neurons that stay.
 
     Args:
         layer: As found in the original model.
         recipe: The steps.
-        statistics: Of this layer.
+        collected: What the calibration forward left of this layer; its held-out sample may be empty.
         num_experts: M.
-        sample: What held-out tokens gave the layer; may be empty.
 
     Returns:
         What it did, and the layer's entry in the layout of a mapped checkpoint.
     """
     start = time.perf_counter()
-    before = routed_output(layer, sample)
-    parameters_before, bytes_before = layer.parameters_per_expert, layer.bytes_per_expert
-    with fetched(layer.experts):
-        old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
-        weights = layer.family.view(layer, old)
-        groups = group_experts(layer, recipe, statistics, weights, num_experts)
-        new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
-        importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
-        merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new))
-        for name, rows in layer.passive_expert_rows.items():
-            new[name] = torch.cat([new[name], rows.detach()])
-        del old, weights
-    routing = ROUTING[recipe.layout](groups)
-    share = duplicate_share(groups, sample) if routing.slot_map is not None else None
+    before = routed_output(layer, collected.held_out)
+    size, per_neuron = expert_size(layer), neuron_size(layer)
+    new_size = expert_size(layer, recipe) if recipe.decomposition is not None else size
+    merged = merge_layer(layer, recipe, collected.statistics, num_experts)
+    share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
     layout = {
         "num_experts": num_experts,
         "num_slots": layer.num_slots,
-        "has_dropped": bool((groups.group_of_expert < 0).any()),
+        "has_dropped": bool((merged.groups.group_of_expert < 0).any()),
         "collapse_duplicates": worth_collapsing(recipe, share),
     }
-    if routing.slot_map is not None:
-        install_mapped(layer, new, routing.slot_map, layout)
-        after = routed_output(layer, sample)
-    else:
-        install_native(layer, new, routing.rows, groups.group_of_expert)
-        after = routed_output(layer, sample, reroute=True)
+    tokens = tokens_of_layer(layer, collected, merged) if recipe.needs_inputs else None
+    fitted = fit_layer(layer, recipe, merged, tokens) if recipe.is_fitted else None
+    install(layer, recipe, merged, tokens, fitted, layout)
+    after = routed_output(layer, collected.held_out, reroute=merged.routing.rows is not None)
+    widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
+    gone = num_experts * layer.intermediate_size - sum(widths)
     report = LayerReport(
         layer=layer.name,
         num_slots=layer.num_slots,
         num_experts_before=layer.num_experts,
         num_experts_after=num_experts,
-        parameters_before=parameters_before * layer.num_experts,
-        parameters_after=parameters_before * num_experts,
-        bytes_before=bytes_before * layer.num_experts,
-        bytes_after=bytes_before * num_experts,
+        parameters_before=size.parameters * layer.num_experts,
+        parameters_after=new_size.parameters * num_experts - per_neuron.parameters * gone,
+        bytes_before=size.bytes * layer.num_experts,
+        bytes_after=new_size.bytes * num_experts - per_neuron.bytes * gone,
         relative_error=relative_error(before, after),
         duplicate_share=share,
-        unused_experts=int((statistics.selection_count == 0).sum()),
+        unused_experts=int((collected.statistics.selection_count == 0).sum()),
         seconds=time.perf_counter() - start,
-        group_of_expert=groups.group_of_expert.tolist(),
-        dominant_of_group=groups.dominant_of_group.tolist(),
-        usage_frequency=statistics.usage_frequency.tolist(),
+        group_of_expert=merged.groups.group_of_expert.tolist(),
+        dominant_of_group=merged.groups.dominant_of_group.tolist(),
+        usage_frequency=collected.statistics.usage_frequency.tolist(),
+        widths=widths,
+        refit_error_before=fitted.error_before_refit if fitted is not None else None,
+        refit_error_after=fitted.error_after_refit if fitted is not None else None,
     )
     return report, layout
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTokens:
+    """What the experts of a compressed layer see of the kept tokens, and the function between their matrices."""
+
+    activation: Activation
+    calibration: list[RoutedTokens]
+    held_out: list[RoutedTokens]
+
+
+def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer) -> LayerTokens:
+    """The kept tokens under the gates that the result will apply, with what the original experts give for them.
+
+    In the native layout with fewer experts the merged ones are installed for that: the router must be cut.
+    """
+    kept = (collected.calibration, collected.held_out)
+    with fetched(layer.experts):
+        stacked = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
+        original = as_float32(layer.family.view(layer, stacked))
+        activation = layer.family.activation(layer)
+        targets = [original_output(original, activation, inputs) for inputs in kept]
+    num_experts, group_of_expert = merged.groups.num_groups, merged.groups.group_of_expert
+    reroute = is_router_cut(layer, merged)
+    if reroute:
+        install_native(layer, merged.parameters, merged.routing.rows, group_of_expert)
+        assignment = torch.eye(num_experts)
+    else:
+        assignment = torch.zeros(layer.num_slots, num_experts)
+        stays = (group_of_expert >= 0).nonzero().flatten()
+        assignment[stays, group_of_expert[stays]] = 1.0
+    tokens = [
+        routed_tokens(layer, inputs, assignment, outputs, reroute=reroute)
+        for inputs, outputs in zip(kept, targets, strict=True)
+    ]
+    return LayerTokens(activation, *tokens)
+
+
+def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
+    """Whether the result has fewer router rows."""
+    return merged.routing.rows is not None and merged.groups.num_groups < layer.num_slots
+
+
+def as_float32(weights: ExpertWeights) -> PackedExperts:
+    """All neurons of experts of one width, in float32."""
+    return PackedExperts.from_dense(ExpertWeights(**{name: t.float() for name, t in weights.tensors().items()}))
+
+
+def fit_layer(layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens) -> FittedExperts:
+    """Select neurons and refit, as the recipe says."""
+    experts = as_float32(layer.family.view(layer, merged.parameters))
+    budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
+    return fit_experts(experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out)
+
+
+def install(
+    layer: MoeLayer,
+    recipe: Recipe,
+    merged: MergedLayer,
+    tokens: LayerTokens | None,
+    fitted: FittedExperts | None,
+    layout: dict[str, Any],
+) -> None:
+    """Put the result into the model; `layout` gets what the form of the experts adds to it."""
+    routing, parameters = merged.routing, merged.parameters
+    if fitted is not None and routing.slot_map is not None and not is_full(layer, fitted.experts):
+        install_ragged(layer, fitted.experts, routing.slot_map, layout)
+        return
+    if fitted is not None:
+        dtype = layer.family.view(layer, parameters).up.dtype
+        weights = fitted.experts.to_uniform(int(fitted.experts.widths.max())).tensors()
+        stacked = layer.family.unview(layer, ExpertWeights(**{name: t.to(dtype) for name, t in weights.items()}))
+        parameters = {name: stacked.get(name, tensor) for name, tensor in parameters.items()}
+    if recipe.decomposition is not None:
+        decompose(layer, recipe, layer.family.view(layer, parameters), tokens, routing.slot_map, layout)
+    elif routing.slot_map is not None:
+        install_mapped(layer, parameters, routing.slot_map, layout)
+    elif tokens is not None and is_router_cut(layer, merged):
+        replace_experts(layer, parameters)  # the router was cut for the tokens
+    else:
+        install_native(layer, parameters, routing.rows, merged.groups.group_of_expert)
+
+
+def decompose(
+    layer: MoeLayer,
+    recipe: Recipe,
+    weights: ExpertWeights,
+    tokens: LayerTokens | None,
+    slot_map: Tensor,
+    layout: dict[str, Any],
+) -> None:
+    """Put the decomposition of M merged experts into a layer."""
+    grams = None
+    if tokens is not None:
+        grams = sum_input_grams(as_float32(weights), tokens.activation, tokens.calibration)
+    factors, biases = decompose_experts(weights, recipe.decomposition, recipe.decomposition_options, grams)
+    install_low_rank_sparse(layer, factors, biases, slot_map, layout)
+
+
+def is_full(layer: MoeLayer, experts: PackedExperts) -> bool:
+    """Whether every expert has all the neurons that the original's have."""
+    return bool((experts.widths == layer.intermediate_size).all())
 
 
 def follow(layer: MoeLayer, first: MoeLayer, report: LayerReport, layout: dict[str, Any], recipe: Recipe) -> None:
@@ -96,75 +198,7 @@ def follow(layer: MoeLayer, first: MoeLayer, report: LayerReport, layout: dict[s
         install_native(layer, new, routing.rows, groups.group_of_expert)
 
 
-def group_experts(
-    layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics, weights: ExpertWeights, num_experts: int
-) -> ExpertGroups:
-    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping."""
-    saliency = SALIENCY[recipe.saliency](statistics, weights, **recipe.saliency_options)
-    similarity = None
-    if recipe.similarity is not None:
-        similarity = SIMILARITY[recipe.similarity](statistics, weights, **recipe.similarity_options)
-    # A group-limited router that loses rows must lose the same number in each of its groups.
-    partitions = layer.num_router_groups if recipe.layout == "native" else 1
-    return GROUPING[recipe.grouping](saliency, similarity, num_experts, partitions, **recipe.grouping_options)
-
-
-@torch.no_grad()
-def merge_groups(
-    weights: ExpertWeights, groups: ExpertGroups, recipe: Recipe, importance: Tensor, into: ExpertWeights
-) -> None:
-    """Write each group's merged expert into `into` (M experts, same device and dtype as `weights`).
-
-    Products are float32 and rounded once, when they are written. A group of one keeps its expert bit by bit.
-    """
-    order = None
-    if recipe.alignment is not None and recipe.merging is not None:
-        order = ALIGNMENT[recipe.alignment](weights, groups, **recipe.alignment_options)
-    targets = into.tensors()
-    for group in range(groups.num_groups):
-        members = groups.members(group)
-        alone = recipe.merging is None or members.numel() == 1
-        for name, tensor in weights.tensors().items():
-            if alone:
-                targets[name][group] = tensor[members[0]]
-                continue
-            aligned = tensor[members.to(tensor.device)].float()
-            if order is not None:
-                aligned = permute(name, aligned, order[members])
-            matrices = aligned if aligned.dim() == 3 else aligned[:, :, None]  # a bias is a matrix of one column
-            merged = MERGING[recipe.merging](matrices, importance[members], **recipe.merging_options)
-            targets[name][group] = merged.reshape(targets[name][group].shape)
-
-
-@torch.no_grad()
-def routed_output(layer: MoeLayer, sample: HeldOutSample, reroute: bool = False) -> list[Tensor]:
-    """What the layer's experts give for the held-out tokens, one (t, D) tensor a batch.
-
-    Args:
-        layer: In its present state.
-        sample: Inputs of the experts and of the router.
-        reroute: Ask the router again, for layouts that change it, instead of using the sampled choice.
-    """
-    outputs = []
-    for position, (hidden_states, index, weights) in enumerate(sample.experts_inputs):
-        if reroute:
-            is_beyond = (weights == 0).all(-1, keepdim=True) & layer.family.has_capacity
-            index, weights = layer.family.route(layer, *sample.router_call(position, layer.block))
-            index, weights = ignore_passive(index, weights, layer.family.stored_experts(layer))
-            weights = weights.masked_fill(is_beyond, 0)
-        outputs.append(layer.family.run_experts(layer, hidden_states, index, weights))
-    return outputs
-
-
-def relative_error(before: list[Tensor], after: list[Tensor]) -> float | None:
-    """|after - before|^2 / |before|^2 over all tokens; None without tokens or where the output was all zero."""
-    pairs = list(zip(before, after, strict=True))
-    change = sum((new.double() - old.double()).square().sum().item() for old, new in pairs)
-    energy = sum(old.double().square().sum().item() for old in before)
-    return change / energy if energy > 0 else None
-
-
-def duplicate_share(groups: ExpertGroups, sample: HeldOutSample) -> float | None:
+def duplicate_share(groups: ExpertGroups, sample: LayerInputs) -> float | None:
     """Share of the held-out slots whose expert an earlier slot of the same token has; None without tokens."""
     if sample.is_empty:
         return None

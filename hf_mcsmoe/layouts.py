@@ -13,10 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .allocation import ALLOCATION
 from .families import find_layers, reason_against, tied_layers
 from .loading import empty_model, read_config
-from .modeling.native_config import check_native, counting_parts
+from .modeling.forms import check_forms
+from .modeling.native_config import check_native
+from .modeling.native_width import NativeFields, native_fields
 from .recipe import Recipe
 from .registry import closest
-from .sizes import INDEX_BYTES, Sizes, expert_size, expert_sizes, measure, router_sizes
+from .sizes import INDEX_BYTES, Sizes, expert_size, expert_sizes, measure, neuron_sizes, router_sizes
 from .types import MoeLayer
 
 
@@ -107,6 +109,24 @@ def budget_of_layer(layers: Sequence[MoeLayer], recipe: Recipe) -> list[int]:
     return [recipe.experts_per_layer(layer.num_slots) for layer in layers]
 
 
+def native_target(
+    model: nn.Module, recipe: Recipe, kept: Sequence[MoeLayer], excluded: Sequence[MoeLayer]
+) -> NativeFields:
+    """What the configuration must say differently for the native result of a recipe.
+
+    Raises:
+        ValueError: It cannot say it.
+    """
+    num_experts = budget_of_layer(kept, recipe)[0]
+    width = neurons_of_layer(kept[0], recipe, num_experts) // num_experts
+    return native_fields(model, kept, excluded, num_experts, width)
+
+
+def neurons_of_layer(layer: MoeLayer, recipe: Recipe, num_experts: int) -> int:
+    """Neurons that a compressed layer keeps in its M experts together."""
+    return recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, num_experts)
+
+
 def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module | None = None) -> None:
     """Refuse what a recipe cannot make of a model, before any work.
 
@@ -138,6 +158,11 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     tensors = [id(p) for layer in layers if layer.name not in tied for p in layer.expert_parameters.values()]
     if len(set(tensors)) < len(tensors):
         raise ValueError(f"{named} ties some matrices of experts, not all. Such a model is not supported.")
+    if tied and (recipe.selection is not None or recipe.decomposition is not None):
+        raise ValueError(
+            f"{named} has layers that share their experts; selection and decomposition cannot treat them. "
+            "Use a recipe without these steps."
+        )
     kept, excluded = resolve_layers(layers, recipe)
     for layer in kept:
         _check_family(layer, recipe)
@@ -147,7 +172,7 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     if recipe.layout == "native":
         check_native(kept, budgets, recipe)
         if model is not None:
-            counting_parts(model, kept, excluded, budgets[0])
+            native_target(model, recipe, kept, excluded)
     # The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give.
     equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in kept]
     ALLOCATION[recipe.allocation](equal, budgets, **recipe.allocation_options)
@@ -160,6 +185,13 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
             f"layout {recipe.layout!r} is not possible for {layer.name!r}{f': {reason}' if reason else ''}. "
             f"Use one of {list(layouts)}."
         )
+    if recipe.is_fitted or recipe.decomposition is not None:
+        check_forms(layer)
+    if recipe.is_fitted and getattr(layer.experts, "has_post_expert_norm", False):
+        raise ValueError(
+            f"selection and refit need experts whose output is linear in their last matrix; those of {layer.name!r} "
+            "are normalised. Use a recipe without them."
+        )
 
 
 def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
@@ -167,14 +199,11 @@ def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
         raise ValueError(
             f"num_experts is {budget}, but {layer.name!r} has {layer.num_slots} experts. Ask for 1..{layer.num_slots}."
         )
-    if recipe.decomposition is None:
-        return
-    limit = min(layer.hidden_size, layer.intermediate_size)
-    if recipe.rank > limit:
-        raise ValueError(
-            f"rank is {recipe.rank}, but the matrices of {layer.name!r} are {layer.intermediate_size} x "
-            f"{layer.hidden_size}. Use a rank of at most {limit}, well below it to save anything."
-        )
+    if recipe.decomposition is not None:
+        try:
+            expert_size(layer, recipe)
+        except ValueError as error:
+            raise ValueError(f"decomposition_options do not fit {layer.name!r}: {error}") from error
 
 
 def plan(
@@ -242,7 +271,9 @@ def _layer_plan(
 
 def _layer_after(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     decomposed_by = recipe if recipe.decomposition is not None else None
-    return expert_sizes(layer, num_experts, expert_size(layer, decomposed_by))
+    sizes = expert_sizes(layer, num_experts, expert_size(layer, decomposed_by))
+    gone = num_experts * layer.intermediate_size - neurons_of_layer(layer, recipe, num_experts)
+    return sizes - neuron_sizes(layer, num_experts, gone) if gone else sizes
 
 
 def _tied_change(layer: MoeLayer, num_experts: int | None, recipe: Recipe) -> Sizes:
@@ -258,13 +289,20 @@ def _tied_change(layer: MoeLayer, num_experts: int | None, recipe: Recipe) -> Si
 def _routing_change(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     if recipe.layout == "native":
         return router_sizes(layer, num_experts) - router_sizes(layer, layer.num_slots)
-    return Sizes(0, 0, 0, (layer.num_slots + layer.num_identity_slots) * INDEX_BYTES, 0, 0)
+    # A ragged layer also stores where its experts start.
+    full = num_experts * layer.intermediate_size
+    offsets = num_experts + 1 if neurons_of_layer(layer, recipe, num_experts) < full else 0
+    if recipe.decomposition is not None:  # and of each matrix, where the rows of experts start
+        offsets = (3 if layer.format.has_gate else 2) * (num_experts + 1)
+    return Sizes(0, 0, 0, (layer.num_slots + layer.num_identity_slots + offsets) * INDEX_BYTES, 0, 0)
 
 
 def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_plans: list[LayerPlan]) -> list[str]:
     """What a reader of the numbers must know about them."""
     notes = []
-    if recipe.layout == "mapped":
+    if recipe.layout == "mapped" and recipe.selection is not None:
+        notes.append("Active parameters and FLOPs are averages: experts keep different numbers of neurons.")
+    elif recipe.layout == "mapped":
         notes.append(
             "Active parameters and FLOPs are upper bounds: several slots of a token may hold one expert, which is "
             "then computed once."
@@ -278,7 +316,7 @@ def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_p
         if len({layer.bytes_per_expert for layer in kept}) > 1:
             notes.append("Experts differ in size between layers, so the totals are estimates.")
     if any(layer.expert_bytes_after > layer.expert_bytes_before for layer in layer_plans):
-        notes.append(f"rank {recipe.rank} and keep_rows {recipe.keep_rows} store more than the experts they replace.")
+        notes.append(f"{recipe.decomposition_options} store more than the experts they replace.")
     if getattr(model.config, "is_encoder_decoder", False):
         notes.append("Active parameters and FLOPs are those of one source and one target token together.")
     if getattr(model.config, "quantization_config", None) is not None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .calibration import Calibration
 from .config import FORMAT_VERSION
 from .modeling.merged_model import merged_class
-from .modeling.native_config import adopt_native
+from .modeling.native_width import NativeFields, adopt_native
 from .recipe import Recipe
 from .types import CompressionReport, LayerReport, MoeLayer
 
@@ -24,7 +24,7 @@ def conclude(
     reports: list[LayerReport],
     layouts: dict[str, Any],
     *,
-    paths: set[str],
+    native: NativeFields | None,
     before: tuple[int, int],
     after: tuple[int, int] | None = None,
     start: float,
@@ -39,7 +39,7 @@ def conclude(
         layers: The layers that it was done to.
         reports: One for each of them.
         layouts: Their entries in a mapped checkpoint, by name.
-        paths: Configurations that count experts, for the native layout.
+        native: What a configuration says of experts; None in the mapped layout.
         before: What `count` gave for the original model.
         after: What it gives for the result; None: it is counted.
         start: `time.perf_counter()` when the work began.
@@ -53,7 +53,7 @@ def conclude(
         provenance = {"base_model": name_or_path, "calibration": fingerprint, "versions": versions}
         adopt_mapped(model, recipe, layouts, architecture, provenance)
     else:
-        adopt_native(model, layers, paths, reports[0].num_experts_after)
+        adopt_native(model, layers, native, reports[0].num_experts_after, reports[0].widths[0])
     after = after or count(model)
     model.compression_report = CompressionReport(
         recipe=recipe.to_dict(),

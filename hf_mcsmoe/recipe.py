@@ -4,18 +4,19 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
+from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
+from .low_rank import num_kept_rows
 from .merging import MERGING
 from .presets import PRESETS
+from .refit import REFIT
 from .registry import Registry, closest
 from .saliency import SALIENCY
+from .selection import SELECTION
 from .similarity import SIMILARITY
 
 LAYOUTS = ("mapped", "native")
@@ -27,8 +28,12 @@ STEPS: dict[str, Registry] = {
     "alignment": ALIGNMENT,
     "merging": MERGING,
     "importance": SALIENCY,
+    "selection": SELECTION,
+    "refit": REFIT,
+    "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = ("similarity", "alignment", "merging")
+OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "decomposition")
+NOT_STATISTICS = {"input_gram"}  # made of the tokens that a layer keeps, when it is its turn
 
 
 def is_number(value: Any, kind: Any) -> bool:
@@ -43,7 +48,8 @@ class Recipe:
     Every step is a name in the registry of its folder; `<step>_options` holds that function's options.
 
     Attributes:
-        keep: Share of the experts (of the layers that are not excluded) that stays, in (0, 1].
+        keep: Share of the experts (of the layers that are not excluded) that stays, in (0, 1]. With `selection` the
+            share of their neurons, in all experts together.
         num_experts: The same as an average number per layer; exclusive with `keep`.
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
         saliency: Score that decides which experts lead.
@@ -54,10 +60,18 @@ class Recipe:
         alignment: Neuron order before merging; None leaves neurons as they are.
         merging: How the members of a group become one matrix; None keeps the dominant expert (pruning).
         importance: Score that weighs the members in the merge.
+        selection: Saliency of single neurons, of which the least salient go; None keeps experts whole. In the
+            mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
+        keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
+            keeps all experts.
+        refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
+        sequential: Fit each layer on what the compressed layers before it give, not on what the original ones gave.
+            One forward for each layer.
+        fit_tokens: Calibration tokens that selection and refit see, about.
         exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
             `fnmatch` on the name of the experts module (str).
-        decomposition: None, or "low_rank_sparse": W = L R + S with `rank` and the share `keep_rows` of
-            the rows of S.
+        decomposition: How every matrix of the merged experts becomes W = L R + S of low rank and few rows; None
+            leaves it. Its options are `rank` or `parameter_ratio`, `keep_rows` (the share of the rows of S), ...
         collapse_duplicates: In the mapped layout several slots of a token may hold one expert; compute
             it once and add the weights. "auto" does so where held-out tokens show enough duplicates.
         seed: Seeds whatever draws random numbers.
@@ -85,6 +99,13 @@ class Recipe:
     alignment_options: dict[str, Any] = field(default_factory=dict)
     merging_options: dict[str, Any] = field(default_factory=dict)
     importance_options: dict[str, Any] = field(default_factory=dict)
+    selection: str | None = None
+    selection_options: dict[str, Any] = field(default_factory=dict)
+    keep_experts: float | None = None
+    refit: str | None = None
+    refit_options: dict[str, Any] = field(default_factory=dict)
+    sequential: bool = False
+    fit_tokens: int = 65_536
     exclude_layers: tuple[int | str, ...] = ()
     decomposition: str | None = None
     decomposition_options: dict[str, Any] = field(default_factory=dict)
@@ -118,6 +139,29 @@ class Recipe:
             raise ValueError(f"keep is {self.keep!r}, it must be in (0, 1]. 0.5 keeps half of the experts.")
         if self.num_experts is not None and not (is_number(self.num_experts, int) and self.num_experts >= 1):
             raise ValueError(f"num_experts is {self.num_experts!r}, it must be a whole number >= 1.")
+        self._check_neuron_budget()
+
+    def _check_neuron_budget(self) -> None:
+        if not (is_number(self.fit_tokens, int) and self.fit_tokens >= 1):
+            raise ValueError(f"fit_tokens is {self.fit_tokens!r}, it must be a whole number >= 1.")
+        if self.selection is None:
+            if self.keep_experts is not None:
+                raise ValueError(
+                    f"keep_experts is {self.keep_experts}, but selection is None. Use keep, or name a selection."
+                )
+            return
+        if self.num_experts is not None:
+            raise ValueError(
+                f"num_experts is {self.num_experts}, but selection {self.selection!r} keeps neurons. "
+                "Use keep, and keep_experts for the share of the experts."
+            )
+        if self.keep_experts is None:
+            return
+        if not (is_number(self.keep_experts, float | int) and self.keep <= self.keep_experts <= 1):
+            raise ValueError(
+                f"keep_experts is {self.keep_experts!r}, it must be in [keep, 1] = [{self.keep}, 1]: the experts that "
+                "stay are narrowed to the share keep of all neurons."
+            )
 
     def _check_steps(self) -> None:
         for step, registry in STEPS.items():
@@ -152,53 +196,54 @@ class Recipe:
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
             )
-        if self.decomposition is not None:
-            self._check_decomposition()
-        elif self.decomposition_options:
-            raise ValueError(
-                f"decomposition_options is {self.decomposition_options} but decomposition is None. "
-                "Name the decomposition they belong to."
-            )
-
-    def _check_decomposition(self) -> None:
-        if self.decomposition != "low_rank_sparse":
-            raise ValueError(f"Unknown decomposition {self.decomposition!r}; choose one of ['low_rank_sparse'].")
-        if self.layout == "native":
+        if self.decomposition is not None and self.layout == "native":
             raise ValueError("decomposition needs layout 'mapped', got 'native'. No plain model can hold factors.")
-        unknown = set(self.decomposition_options) - {"rank", "keep_rows"}
-        if unknown:
+        if self.decomposition is not None and self.selection is not None:
             raise ValueError(
-                f"decomposition 'low_rank_sparse' has no option {sorted(unknown)}; it has rank, keep_rows."
+                f"decomposition is {self.decomposition!r} and selection is {self.selection!r}, but experts of "
+                "different widths cannot be decomposed. Leave one of them out."
             )
-        rank, keep_rows = self.rank, self.keep_rows
-        if not (is_number(rank, int) and rank >= 1):
-            raise ValueError(f"rank is {rank!r}, it must be a whole number >= 1.")
-        if not (is_number(keep_rows, float | int) and 0 <= keep_rows <= 1):
-            raise ValueError(f"keep_rows is {keep_rows!r}, it must be in [0, 1].")
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factors of a decomposed expert (paper: 32)."""
-        return self.decomposition_options.get("rank", 32)
-
-    @property
-    def keep_rows(self) -> float:
-        """Share of the rows of the sparse part that a decomposed expert keeps (paper: 0.1)."""
-        return self.decomposition_options.get("keep_rows", 0.1)
+        if self.decomposition is not None:
+            num_kept_rows(self.decomposition_options.get("keep_rows", 0.0), 1)  # refuses what is no share
 
     def statistics_needed(self) -> frozenset[str]:
         """Union of the fields of `LayerStatistics` that the steps read."""
         used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
-        return frozenset().union(*(registry.needs(name) for registry, name in used))
+        return frozenset().union(*(registry.needs(name) for registry, name in used)) - NOT_STATISTICS
 
     def experts_per_layer(self, num_experts: int) -> int:
         """Average number of experts that a layer of `num_experts` keeps.
 
-        `keep` is rounded half up; the result is at least 1.
+        `keep`, or with `selection` `keep_experts`, is rounded half up; the result is at least 1.
         """
         if self.num_experts is not None:
             return self.num_experts
-        return max(1, math.floor(self.keep * num_experts + 0.5))
+        share = self.keep if self.selection is None else self.keep_experts or 1.0
+        return max(1, math.floor(share * num_experts + 0.5))
+
+    def neurons_per_layer(self, num_experts: int, width: int, num_kept: int) -> int:
+        """Neurons that a layer of `num_experts` experts of `width` keeps when `num_kept` of the experts stay.
+
+        `keep` is rounded half up: to whole neurons of the layer, or in the native layout to a width for each of the
+        experts, of at least 1.
+        """
+        if self.selection is None:
+            return num_kept * width
+        share = self.keep * num_experts * width
+        if self.layout == "native":
+            return num_kept * min(width, max(1, math.floor(share / num_kept + 0.5)))
+        return min(num_kept * width, max(1, math.floor(share + 0.5)))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether neurons are selected or down projections fitted."""
+        return self.selection is not None or self.refit is not None
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether layers are run again on what they were given in calibration."""
+        reads_grams = self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)
+        return self.is_fitted or bool(reads_grams)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, without defaults; `Recipe(**d)` and `recipe_from_dict(d)` give the recipe back."""
@@ -212,63 +257,3 @@ class Recipe:
             for name, value in values.items()
             if name in said or (value not in ({}, []) and (name not in defaults or value != defaults[name]))
         }
-
-
-RECIPE_FIELDS = frozenset(f.name for f in dataclasses.fields(Recipe))
-
-
-def recipe_from_preset(preset: str, **changes: Any) -> Recipe:
-    """The recipe of a preset with some fields changed.
-
-    Raises:
-        ValueError: Unknown preset or field (with the closest match), or a value that is not allowed.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.{closest(preset, PRESETS)}")
-    check_fields(changes)
-    recipe = Recipe(**{**PRESETS[preset].recipe, **changes})
-    object.__setattr__(recipe, "preset", preset)
-    return recipe
-
-
-def check_fields(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key that is no field of `Recipe`."""
-    for name in values:
-        if name not in RECIPE_FIELDS:
-            raise ValueError(
-                f"A recipe has no field {name!r}; it has {sorted(RECIPE_FIELDS)}.{closest(name, RECIPE_FIELDS)}"
-            )
-
-
-def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain containers; with "preset", the other keys change that preset.
-
-    Raises:
-        ValueError: Unknown preset or field, or a value that is not allowed.
-        TypeError: `values` is not a mapping.
-    """
-    if not isinstance(values, Mapping):
-        raise TypeError(f"A recipe is a mapping of fields, got {type(values).__name__}. See `Recipe` for the fields.")
-    check_fields(values)
-    if values.get("preset") is not None:
-        return recipe_from_preset(**values)
-    return Recipe(**{name: value for name, value in values.items() if name != "preset"})
-
-
-def recipe_from_yaml(path: str | Path) -> Recipe:
-    """A recipe from a YAML file; unknown keys are refused.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Not YAML, or not a valid recipe.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"No recipe file {str(path)!r}. Give the path of a YAML file or a preset: {sorted(PRESETS)}."
-        )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not valid YAML: {error}") from error
-    return recipe_from_dict(values or {})

@@ -1,13 +1,14 @@
 """How large a model and its MoE layers are: parameters, bytes and FLOPs, from shapes and dtypes alone."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .decomposition import DECOMPOSITION
+from .low_rank import num_kept_rows, resolve_rank
 from .modeling.experts import slot_axis
 from .recipe import Recipe
 from .types import MoeLayer
@@ -91,7 +92,7 @@ def stored_tensors(model: PreTrainedModel) -> list[tuple[set[str], Tensor]]:
 def expert_size(layer: MoeLayer, decomposed_by: Recipe | None = None) -> ExpertSize:
     """Size of one expert of a layer, as it is or decomposed.
 
-    `W (O, I) ~ left (O, r) right (r, I) + sparse` with `r = rank`, where `sparse` keeps `floor(keep_rows * O + 1/2)`
+    `W (O, I) ~ left (O, r) right (r, I) + sparse`, where `sparse` keeps `floor(keep_rows * O + 1/2)`
     rows of I numbers: the sizes of Li et al., 2024 (https://arxiv.org/abs/2310.01334). Like there, the indices of
     the kept rows are no parameters; they are in the bytes, 8 for each row. Biases stay as they are.
 
@@ -104,9 +105,10 @@ def expert_size(layer: MoeLayer, decomposed_by: Recipe | None = None) -> ExpertS
     entries = sum(rows * columns for rows, columns in shapes)
     if decomposed_by is None:
         return ExpertSize(layer.parameters_per_expert, layer.bytes_per_expert, entries)
-    kept_rows = [math.floor(decomposed_by.keep_rows * rows + 0.5) for rows, _ in shapes]
+    budget = DECOMPOSITION.options(decomposed_by.decomposition) | decomposed_by.decomposition_options
+    kept_rows = [num_kept_rows(budget["keep_rows"], rows) for rows, _ in shapes]
     factors = sum(
-        decomposed_by.rank * (rows + columns) + kept * columns
+        resolve_rank((rows, columns), budget["rank"], budget["parameter_ratio"]) * (rows + columns) + kept * columns
         for (rows, columns), kept in zip(shapes, kept_rows, strict=True)
     )
     element_size = max(layer.expert_parameters.values(), key=Tensor.numel).element_size()
@@ -115,6 +117,23 @@ def expert_size(layer: MoeLayer, decomposed_by: Recipe | None = None) -> ExpertS
         bytes=layer.bytes_per_expert + (factors - entries) * element_size + sum(kept_rows) * INDEX_BYTES,
         matrix_entries=factors,
     )
+
+
+def neuron_size(layer: MoeLayer) -> ExpertSize:
+    """Size of one neuron of an expert: its row of each matrix and its entries of the biases before the activation."""
+    rows = 2 if layer.format.has_gate else 1
+    entries = (rows + 1) * layer.hidden_size
+    numbers = entries + (rows if layer.format.has_bias else 0)
+    return ExpertSize(numbers, numbers * layer.bytes_per_expert // layer.parameters_per_expert, entries)
+
+
+def neuron_sizes(layer: MoeLayer, num_experts: int, num_neurons: int) -> Sizes:
+    """What `num_neurons`, spread evenly over M experts, add to the sizes of the model."""
+    one = neuron_size(layer)
+    used = min(layer.top_k, num_experts) * num_neurons
+    active, entries = used * one.parameters // num_experts, used * one.matrix_entries // num_experts
+    parameters, size = num_neurons * one.parameters, num_neurons * one.bytes
+    return Sizes(parameters, active, parameters, size, size, 2 * entries)
 
 
 def expert_sizes(layer: MoeLayer, num_experts: int, expert: ExpertSize) -> Sizes:

@@ -223,6 +223,9 @@ class LayerReport:
     group_of_expert: list[int]
     dominant_of_group: list[int]
     usage_frequency: list[float]
+    widths: list[int]  # neurons of each of the M experts
+    refit_error_before: float | None = None  # relative_error without the refit, the refit's own view; None: no refit
+    refit_error_after: float | None = None  # with it; it was dropped where this is not less
 
 
 @dataclass(frozen=True)

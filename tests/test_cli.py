@@ -18,7 +18,8 @@ from hf_mcsmoe.cli.options import build_recipe
 from hf_mcsmoe.cli.tables import human, human_bytes, name_pattern, span
 from hf_mcsmoe.layouts import plan
 from hf_mcsmoe.loading import load_model
-from hf_mcsmoe.recipe import Recipe, recipe_from_preset
+from hf_mcsmoe.recipe import Recipe
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 VERBS = ("demo", "inspect", "plan", "compress", "evaluate")
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig, Glm4MoeConfig, PreTrainedConfig, Qwen3MoeCo
 
 import hf_mcsmoe.modeling.merged_model  # noqa: F401  (registers the configuration with AutoConfig)
 from hf_mcsmoe.config import FORMAT_VERSION, MergedSparseMoeConfig
-from hf_mcsmoe.recipe import PRESETS, Recipe, recipe_from_preset
+from hf_mcsmoe.recipe import PRESETS, Recipe
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 LAYERS = {"model.layers.0.mlp.experts": {"num_experts": 4, "num_slots": 8}}
 

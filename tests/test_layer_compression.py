@@ -8,18 +8,15 @@ from tiny_models import tiny_model
 from torch import nn
 from torch.nn.functional import relu, silu
 
-from hf_mcsmoe.executors.in_memory import HeldOutSample
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.grouping.dominant_experts import group_around_dominant_experts
 from hf_mcsmoe.layer_compression import (
     WORTH_COLLAPSING,
     duplicate_share,
-    group_experts,
-    merge_groups,
-    relative_error,
-    routed_output,
     worth_collapsing,
 )
+from hf_mcsmoe.layer_inputs import LayerInputs, relative_error, routed_output
+from hf_mcsmoe.layer_merging import group_experts, merge_groups
 from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.similarity.router_logits import router_logit_similarity
@@ -308,7 +305,7 @@ def test_pruning_asks_for_no_similarity():
 
 def sample_of(*indices):
     batches = [torch.tensor(index) for index in indices]
-    return HeldOutSample([(torch.ones(len(index), 2), index, torch.ones(index.shape)) for index in batches])
+    return LayerInputs([(torch.ones(len(index), 2), index, torch.ones(index.shape)) for index in batches])
 
 
 def test_duplicate_share_counts_the_slots_whose_expert_the_token_has_already():
@@ -316,7 +313,7 @@ def test_duplicate_share_counts_the_slots_whose_expert_the_token_has_already():
     # Groups by token: [0 0 0] 2 duplicates, [1 - -] none (dropped slots compute nothing), [0 1 0] 1, [- 0 1] none.
     sample = sample_of([[0, 1, 5], [2, 3, 4], [5, 2, 1]], [[4, 1, 2]])
     assert duplicate_share(groups, sample) == 3 / 12
-    assert duplicate_share(groups, HeldOutSample()) is None
+    assert duplicate_share(groups, LayerInputs()) is None
     assert duplicate_share(ExpertGroups(torch.arange(6), torch.arange(6)), sample) == 0
 
 
@@ -335,7 +332,7 @@ def test_outputs_are_those_of_the_sampled_choice_or_of_the_router_asked_again():
     hidden_states = torch.randn(5, layer.hidden_size, generator=torch.Generator().manual_seed(0))
     whole_block = layer.block(hidden_states[None])[0]
     _, weights, index = layer.router(hidden_states)
-    sample = HeldOutSample([(hidden_states, index, weights)], [((hidden_states,), {})])
+    sample = LayerInputs([(hidden_states, index, weights)], [((hidden_states,), {})])
     torch.testing.assert_close(routed_output(layer, sample)[0], whole_block)
     sample.experts_inputs[0] = (hidden_states, (index + 1) % layer.num_slots, weights)  # another choice
     assert (routed_output(layer, sample)[0] - whole_block).abs().max() > 1e-3

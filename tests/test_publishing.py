@@ -12,7 +12,8 @@ from hf_mcsmoe.evaluation import DomainScore, Evaluation
 from hf_mcsmoe.presets import PRESETS, Preset
 from hf_mcsmoe.publishing import REPORT_FILE, model_card, read_report, recipe_yaml, write_card, write_report
 from hf_mcsmoe.publishing import card as card_module
-from hf_mcsmoe.recipe import Recipe, recipe_from_dict, recipe_from_preset, recipe_from_yaml
+from hf_mcsmoe.recipe import Recipe
+from hf_mcsmoe.recipe_reading import recipe_from_dict, recipe_from_preset, recipe_from_yaml
 from hf_mcsmoe.types import CompressionReport, LayerReport
 
 CODE = DomainScore(1201, 2.1, 0.05, math.exp(2.1), 2.0, 0.0625, 0.875)
@@ -49,6 +50,7 @@ def layer_report(number, experts=8, error=0.1, unused=0):
         group_of_expert=[slot % experts for slot in range(16)],
         dominant_of_group=list(range(experts)),
         usage_frequency=[1 / 16] * 16,
+        widths=[64] * experts,
     )
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_mcsmoe import compress_moe
-from hf_mcsmoe.recipe import recipe_from_preset
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 LARGEST_FP8 = 448.0
 TOKENS = torch.randint(3, 150, (8, 16), generator=torch.Generator().manual_seed(0))

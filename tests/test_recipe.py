@@ -7,15 +7,8 @@ import json
 import pytest
 import yaml
 
-from hf_mcsmoe.recipe import (
-    PRESETS,
-    RECIPE_FIELDS,
-    STEPS,
-    Recipe,
-    recipe_from_dict,
-    recipe_from_preset,
-    recipe_from_yaml,
-)
+from hf_mcsmoe.recipe import PRESETS, STEPS, Recipe
+from hf_mcsmoe.recipe_reading import RECIPE_FIELDS, recipe_from_dict, recipe_from_preset, recipe_from_yaml
 
 LOW_RANK = {"decomposition": "low_rank_sparse"}
 

@@ -91,8 +91,8 @@ def test_recover_writes_a_better_checkpoint_with_its_reports(folders, data, tmp_
     original = AutoModelForCausalLM.from_pretrained(folders[1], dtype="float32")
     held_out = load_recovery_data(data, None, "causal").held_out
     loss, kl, _ = reference_means(model.float(), original, "causal", held_out, temperature=2.0)
-    assert after["loss_task"] == pytest.approx(loss, rel=1e-4)  # of the weights as they are on disk
-    assert after["kl"] == pytest.approx(kl, rel=1e-3)
+    assert after["loss_task"] == pytest.approx(loss, rel=2e-6)  # of the weights as they are on disk
+    assert after["kl"] == pytest.approx(kl, rel=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| {before['loss_task']:.4f} | {after['loss_task']:.4f} |" in card
     assert "Teacher: `teacher`. Routers frozen." in card
@@ -116,7 +116,10 @@ def test_an_interrupted_recovery_is_resumed_to_equal_bits(folders, data, tmp_pat
     fail("holds an interrupted recovery. Continue it with --resume", *again)
     fail("had another values", *again, "--resume", "--temperature", "3")
     fail("had another data", *again, "--resume", "--num-samples", "20")
+    steps = []
+    monkeypatch.setattr(Trainer, "training_step", lambda self, *args: steps.append(0) or step(self, *args))
     succeed(*again, "--resume")
+    assert len(steps) == 8 - 4
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
     reports = [json.loads((tmp_path / name / "recovery_report.json").read_text()) for name in ("whole", "again")]

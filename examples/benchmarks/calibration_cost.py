@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_mcsmoe import compress_moe, load_calibration
 from hf_mcsmoe.executors.in_memory import collect_statistics
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.recipe import recipe_from_preset
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 
 def seconds(function) -> float:

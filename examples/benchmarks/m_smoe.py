@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mcsmoe import compress_moe, load_calibration, plan
 from hf_mcsmoe.evaluation import evaluate_model, load_evaluation_data
-from hf_mcsmoe.recipe import recipe_from_preset
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 VARIANTS = [
     ("m-smoe", "mapped", {}),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.decompose import decompose_merged
-from hf_mcsmoe.recipe import recipe_from_preset
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.training import DistillationArguments, DistillationTrainer, SparsityScheduleCallback
 
 from .language_names import Collator

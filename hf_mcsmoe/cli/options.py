@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..recipe import PRESETS, Recipe, recipe_from_dict, recipe_from_preset, recipe_from_yaml
+from ..recipe import PRESETS, Recipe
+from ..recipe_reading import recipe_from_dict, recipe_from_preset, recipe_from_yaml
 
 DEFAULT_PRESET = "m-smoe"
 
@@ -96,7 +97,7 @@ def build_recipe(
     if rank is not None or keep_rows is not None:
         given = {"rank": rank, "keep_rows": keep_rows}
         options = base.decomposition_options | {name: value for name, value in given.items() if value is not None}
-        changes |= {"decomposition": "low_rank_sparse", "decomposition_options": options}
+        changes |= {"decomposition": base.decomposition or "low_rank_sparse", "decomposition_options": options}
     return recipe_from_dict({**base.to_dict(), **changes})
 
 

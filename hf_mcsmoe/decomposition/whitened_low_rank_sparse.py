@@ -7,7 +7,7 @@ from ..low_rank import decompose, input_metric, num_kept_rows, resolve_rank
 from . import DECOMPOSITION
 
 
-@DECOMPOSITION.register("whitened_low_rank_sparse")
+@DECOMPOSITION.register("whitened_low_rank_sparse", needs=("input_gram",))
 def whitened_low_rank_sparse(
     matrix: Tensor,
     input_gram: Tensor | None,

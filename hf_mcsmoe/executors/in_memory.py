@@ -1,72 +1,40 @@
 """Statistics of all layers from one forward over the calibration data, the whole model in place."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration, CalibrationBatch
 from ..families import forward_call, reading_part, tied_layers
+from ..layer_inputs import LayerInputs, TensorOfBlock, ignore_passive, tokens_of_batch
 from ..modeling.offload import execution_device
 from ..statistics import StatisticsAccumulator
 from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_mask, decoder_modules, with_decoder_inputs
 
 HELD_OUT_TOKENS = 512  # per layer: (D + k) numbers each
-
-
-@dataclass
-class HeldOutSample:
-    """What a layer was given on a few held-out tokens, to compare its outputs before and after."""
-
-    experts_inputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # (t, D), (t, k), (t, k)
-    router_calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        """No held-out token was seen."""
-        return not self.experts_inputs
-
-    def router_call(self, position: int, block: nn.Module) -> tuple[tuple, dict[str, Any]]:
-        """Arguments of one call of the router; tensors that `block` owns are those that it has now."""
-        args, kwargs = self.router_calls[position]
-        with align_module_device(block):
-            now = tuple(getattr(block, v.name) if isinstance(v, TensorOfBlock) else v for v in args)
-            named = {n: getattr(block, v.name) if isinstance(v, TensorOfBlock) else v for n, v in kwargs.items()}
-        return now, named
-
-
-@dataclass(frozen=True)
-class TensorOfBlock:
-    """Stands for an argument of a router that its parent keeps, such as a correction bias."""
-
-    name: str
-
-
-def ignore_passive(index: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """`index` and `weights` (T, k) in which slots of no routed expert (index >= num_experts) have weight 0."""
-    passive = index >= num_experts
-    return index.masked_fill(passive, 0), weights.masked_fill(passive, 0)
+FIT_HELD_OUT_TOKENS = 4096  # where they choose a ridge and judge a refit, too
 
 
 class LayerObserver:
-    """Hooks of one layer that feed its accumulator, or its sample while a batch is held out."""
+    """Hooks of one layer that feed its accumulator, except while a batch is held out, and keep what it was given."""
 
     def __init__(self, layer: MoeLayer, needs: frozenset[str], in_decoder: bool = False):
         self.layer = layer
         self.in_decoder = in_decoder  # of an encoder-decoder: its tokens are the decoder's
         self.accumulator = StatisticsAccumulator(layer.num_slots, needs)
-        self.sample = HeldOutSample()
+        self.held_out = LayerInputs()
+        self.calibration = LayerInputs()
         self.token_mask: Tensor | None = None
-        self.sampled_tokens: Tensor | None = None  # positions in the flattened batch; None: the batch counts
+        self.is_held_out = False  # the present batch
+        self.sampled_tokens: Tensor | None = None  # positions in the flattened batch to keep; None: none of them
         self._logits: Tensor | None = None
 
     @contextmanager
@@ -95,7 +63,11 @@ class LayerObserver:
             hidden_states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             tokens = hidden_states.shape[:-1].numel()
             taken = [self._take(value, tokens) for value in args]
-            self.sample.router_calls.append((tuple(taken), {n: self._take(v, tokens) for n, v in kwargs.items()}))
+            self._kept.router_calls.append((tuple(taken), {n: self._take(v, tokens) for n, v in kwargs.items()}))
+
+    @property
+    def _kept(self) -> LayerInputs:
+        return self.held_out if self.is_held_out else self.calibration
 
     def _take(self, value: Any, tokens: int) -> Any:
         """The sampled rows of a router argument, as one batch row of tokens; anything else as it is."""
@@ -139,17 +111,43 @@ class LayerObserver:
     def _record(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
         tokens = index.shape[0]
         counted = self._counted(tokens)
-        if self.sampled_tokens is None:
+        if not self.is_held_out:
             self.accumulator.update(index, weights, counted, self._logits)
-        else:
+        if self.sampled_tokens is not None:
             rows = self._sampled(tokens).to(index.device)
             index, weights = ignore_passive(index, weights, self.layer.num_slots)
-            self.sample.experts_inputs.append((hidden_states.detach()[rows], index[rows], weights.detach()[rows]))
+            self._kept.experts_inputs.append((hidden_states.detach()[rows], index[rows], weights.detach()[rows]))
         self._logits = None
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """What a forward over the calibration data left of one layer."""
+
+    statistics: LayerStatistics | None  # None: no token reached the layer
+    held_out: LayerInputs
+    calibration: LayerInputs  # empty unless tokens were asked for
+
+
 def collect_statistics(
+    model: PreTrainedModel, layers: list[MoeLayer], calibration: Calibration, needs: frozenset[str], **options: Any
+) -> tuple[dict[str, LayerStatistics], dict[str, LayerInputs]]:
+    """Statistics by the name of the layer, without those that no token reached, and held-out samples; see `collect`.
+
+    Raises:
+        ValueError: No layer saw a token, or the sums of one are NaN or Inf.
+    """
+    collected = collect(model, layers, calibration, needs, **options)
+    return reached(collected), {name: one.held_out for name, one in collected.items()}
+
+
+def reached(collected: dict[str, Collected]) -> dict[str, LayerStatistics]:
+    """The statistics of the layers that a token reached."""
+    return {name: one.statistics for name, one in collected.items() if one.statistics is not None}
+
+
+@torch.no_grad()
+def collect(
     model: PreTrainedModel,
     layers: list[MoeLayer],
     calibration: Calibration,
@@ -158,7 +156,9 @@ def collect_statistics(
     seed: int = 0,
     progress: bool = True,
     forward: Callable[[int, dict[str, Any]], Any] | None = None,
-) -> tuple[dict[str, LayerStatistics], dict[str, HeldOutSample]]:
+    held_out_tokens: int = HELD_OUT_TOKENS,
+    calibration_tokens: int = 0,
+) -> dict[str, Collected]:
     """Run the model once over the calibration data.
 
     An encoder-decoder also needs target tokens: see `with_decoder_inputs`. Padding of either side does not count.
@@ -168,14 +168,16 @@ def collect_statistics(
         layers: The layers to watch.
         calibration: Batches; held-out ones only give the samples.
         needs: Fields of `LayerStatistics` to collect.
-        seed: Which held-out tokens are sampled.
+        seed: Which tokens are sampled.
         progress: Show a progress bar.
         forward: Runs what is to be watched, given the position of a batch and the model's arguments; None runs
             the model.
+        held_out_tokens: About how many held-out tokens to keep the inputs of.
+        calibration_tokens: About how many of the others.
 
     Returns:
-        Statistics and held-out sample by the name of the layer; without the layers that no token reached, such as
-        those for images. Memory: O(N^2) a layer and `HELD_OUT_TOKENS` rows of D numbers.
+        By the name of the layer. Memory: O(N^2) a layer, and D + k numbers for each token that is kept, twice D
+        where the router is called with hidden states.
 
     Raises:
         ValueError: No layer saw a token, or the sums of one are NaN or Inf.
@@ -184,6 +186,10 @@ def collect_statistics(
     observers = [LayerObserver(layer, needs, layer.experts in in_decoder) for layer in layers]
     generator = torch.Generator().manual_seed(seed)
     num_held_out = sum(batch.held_out for batch in calibration.batches)
+    limit_of = {
+        True: tokens_of_batch(held_out_tokens, num_held_out),
+        False: tokens_of_batch(calibration_tokens, len(calibration.batches) - num_held_out),
+    }
     was_training = model.training
     model.eval()
     try:
@@ -192,9 +198,8 @@ def collect_statistics(
                 stack.enter_context(observer.attached())
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
             for position, batch in enumerate(bar):
-                limit = math.ceil(HELD_OUT_TOKENS / num_held_out) if batch.held_out else None
                 batch = with_decoder_inputs(batch, model)
-                announce(observers, batch, limit, generator, input_device(model))
+                announce(observers, batch, limit_of[batch.held_out], generator, input_device(model))
                 inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
                 called, inputs = forward_call(model, inputs)
                 inputs |= cheap_forward(called)
@@ -202,9 +207,14 @@ def collect_statistics(
     finally:
         model.train(was_training)
     observers = join_tied(observers)
-    reached = [o for o in observers if o.accumulator.num_tokens > 0] or observers[:1]
-    statistics = {o.layer.name: o.accumulator.finish(o.layer.name) for o in reached}
-    return statistics, {o.layer.name: o.sample for o in observers}
+    if observers and not any(o.accumulator.num_tokens for o in observers):
+        observers[0].accumulator.finish(observers[0].layer.name)  # raises
+    return {
+        o.layer.name: Collected(
+            o.accumulator.finish(o.layer.name) if o.accumulator.num_tokens else None, o.held_out, o.calibration
+        )
+        for o in observers
+    }
 
 
 def join_tied(observers: list[LayerObserver]) -> list[LayerObserver]:
@@ -214,30 +224,32 @@ def join_tied(observers: list[LayerObserver]) -> list[LayerObserver]:
     for name, first in tied.items():
         one, other = by_name[first.name], by_name[name]
         one.accumulator.add(other.accumulator)
-        one.sample.experts_inputs += other.sample.experts_inputs
-        one.sample.router_calls += other.sample.router_calls
+        for kept, more in ((one.held_out, other.held_out), (one.calibration, other.calibration)):
+            kept.experts_inputs += more.experts_inputs
+            kept.router_calls += more.router_calls
     return [observer for observer in observers if observer.layer.name not in tied]
 
 
 def announce(
     observers: list[LayerObserver],
     batch: CalibrationBatch,
-    limit: int | None,
+    limit: int,
     generator: torch.Generator,
     device: torch.device,
 ) -> None:
-    """Tell the observers which tokens of the coming batch count; with `limit`, which held-out ones to sample."""
+    """Tell the observers which tokens of the coming batch count, and which to keep: `limit` of them, drawn."""
     for in_decoder in (False, True):
         watching = [observer for observer in observers if observer.in_decoder == in_decoder]
         if not watching:
             continue
         mask = (decoder_mask(batch) if in_decoder else batch.token_mask).flatten()
         sampled = None
-        if limit is not None:
+        if limit > 0:
             real = mask.nonzero().flatten()
             sampled = real[torch.randperm(real.numel(), generator=generator)[:limit]].sort().values.to(device)
         for observer in watching:
             observer.token_mask = mask.to(device)
+            observer.is_held_out = batch.held_out
             observer.sampled_tokens = sampled
 
 

@@ -91,7 +91,7 @@ def collect_input_grams(
                 stack.enter_context(observer.attached())
             for batch in tqdm(batches, desc="input Grams", unit="batch", disable=not progress, delay=2):
                 batch = with_decoder_inputs(batch, model)
-                announce(observers, batch, None, torch.Generator(), input_device(model))
+                announce(observers, batch, 0, torch.Generator(), input_device(model))
                 inputs: dict[str, Any] = {n: to_device(v, input_device(model)) for n, v in batch.inputs.items()}
                 called, inputs = forward_call(model, inputs)
                 called(**inputs, **cheap_forward(called))

@@ -19,9 +19,8 @@ from transformers.utils import logging
 from ..allocation import ALLOCATION
 from ..calibration import Calibration
 from ..families import find_layers
-from ..layouts import budget_of_layer, resolve_layers
+from ..layouts import budget_of_layer, native_target, resolve_layers
 from ..loading import empty_model, read_config
-from ..modeling.native_config import counting_parts
 from ..outcome import conclude, count, package_version
 from ..publishing.report import read_report
 from ..recipe import Recipe
@@ -84,6 +83,8 @@ def compress_by_streaming(
         OSError: The disk is full; finished layers stay, and the same call goes on.
     """
     check_streamable(config, trust_remote_code)
+    if recipe.sequential:
+        raise NotStreamableError("its recipe is sequential")
     shards = Shards(path)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
@@ -96,9 +97,9 @@ def compress_by_streaming(
     if journal.done("published") and not (working / "model").exists():
         shutil.rmtree(working)
         return described_result(output)
-    num_experts = budget_of_layer(layers, recipe)[0]
-    paths = counting_parts(model, layers, excluded, num_experts) if recipe.layout == "native" else set()
-    one_pass = recipe.allocation in ONE_PASS_ALLOCATIONS
+    native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
+    all_stay = budget_of_layer(layers, recipe) == [layer.num_slots for layer in layers]
+    one_pass = all_stay or recipe.allocation in ONE_PASS_ALLOCATIONS
     summary = StreamingSummary(1 if one_pass else 2, str(device), 0)
     try:
         with finished_layers_stay(working):
@@ -119,7 +120,7 @@ def compress_by_streaming(
             stream(run, one_pass)
             reports, layouts = run.results()
             totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
-            conclude(model, recipe, data, layers, reports, layouts, paths=paths, **totals)
+            conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
             journal.append({"step": "published", "layer": 0})
             shutil.rmtree(working / "replaced", ignore_errors=True)
@@ -163,13 +164,15 @@ def stream(run: StreamingRun, one_pass: bool) -> None:
         saliency_of_layer, description = equal, "pass 1 of 1: statistics, merging"
     else:
         run.collect("pass 1 of 2: statistics")
-        saved = [run.load_statistics(index)[2] for index, found in run.layers_of.items() if found]
+        saved = [run.load_statistics(index)[1] for index, found in run.layers_of.items() if found]
         saliency_of_layer = [saliency for one in saved for saliency in one.values()]
         description = "pass 2 of 2: merging"
     rule = ALLOCATION[run.recipe.allocation]
     allotted = rule(saliency_of_layer, budget, **run.recipe.allocation_options)
     names = [layer.name for layer in layers]
-    run.compress(description, dict(zip(names, allotted, strict=True)), with_forward=one_pass)
+    run.compress(
+        description, dict(zip(names, allotted, strict=True)), with_forward=one_pass or run.recipe.needs_inputs
+    )
     run.write_rest()
 
 

@@ -17,10 +17,10 @@ from ..layer_compression import compress_layer
 from ..modeling.merged_model import merged_class
 from ..outcome import count
 from ..recipe import Recipe
-from ..types import LayerReport, LayerStatistics, MoeLayer
+from ..types import LayerReport, MoeLayer
 from .decoder_stack import DecoderStack
 from .hidden_states import HiddenStates
-from .in_memory import HeldOutSample, collect_statistics
+from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
 from .journal import Journal
 from .output_shards import OutputShards
 from .shards import Shards
@@ -112,10 +112,11 @@ class StreamingRun:
         self._restore_hidden_states(done)
         for index in self._bar(range(self.last_moe + 1), description, done):
             self._read_layer(index)
-            statistics, samples = self._forward(index)
-            saliency = {x.name: saliency_of(x, self.recipe, statistics[x.name]) for x in self.layers_of[index]}
+            collected = self._forward(index)
             if self.layers_of[index]:
-                self._save_statistics(index, statistics, samples, saliency)
+                statistics = {name: one.statistics for name, one in collected.items()}
+                saliency = {x.name: saliency_of(x, self.recipe, statistics[x.name]) for x in self.layers_of[index]}
+                self._save_statistics(index, collected, saliency)
             self._record("statistics", index, {"hidden": self.hidden_states.record, "outputs": self.stack.num_outputs})
             self._forget(index)
 
@@ -132,18 +133,16 @@ class StreamingRun:
             self._restore_hidden_states(done)
         for index in self._bar(range(len(self.stack)), description, done):
             self._read_layer(index)
-            statistics: dict[str, LayerStatistics] = {}
-            samples: dict[str, HeldOutSample] = {}
+            collected: dict[str, Collected] = {}
             if with_forward and index <= self.last_moe:
-                statistics, samples = self._forward(index)
+                collected = self._forward(index)
             elif self.layers_of[index]:
-                statistics, samples = self.load_statistics(index)[:2]
+                collected = self.load_statistics(index)[0]
             start = time.perf_counter()
             reports, layouts = [], {}
             for layer in self.layers_of[index]:
-                sample = samples.pop(layer.name)
                 kept = num_experts[layer.name]
-                report, layouts[layer.name] = compress_layer(layer, self.recipe, statistics[layer.name], kept, sample)
+                report, layouts[layer.name] = compress_layer(layer, self.recipe, collected.pop(layer.name), kept)
                 reports.append(asdict(report))
             start = self.summary.add_seconds("merge", start)
             written = self._write(index, stored_tensors(self.stack.modules[index], self.stack.prefix(index)))
@@ -193,10 +192,8 @@ class StreamingRun:
             for place, total in enumerate(before)
         )
 
-    def load_statistics(
-        self, index: int
-    ) -> tuple[dict[str, LayerStatistics], dict[str, HeldOutSample], dict[str, Tensor]]:
-        """(statistics, held-out samples, saliency) that `collect` saved for a decoder layer, by MoE layer."""
+    def load_statistics(self, index: int) -> tuple[dict[str, Collected], dict[str, Tensor]]:
+        """(what the forward left, saliency) that `collect` saved for a decoder layer, by MoE layer."""
         # Our own file, and samples hold whatever a router is called with.
         return torch.load(self._statistics_file(index), map_location=self.device, weights_only=False)
 
@@ -226,8 +223,8 @@ class StreamingRun:
         self.prefetcher.submit(self.shards.prefetch, self.names_of.get(index + 1, []))
         self.summary.add_seconds("read", start)
 
-    def _forward(self, index: int) -> tuple[dict[str, LayerStatistics], dict[str, HeldOutSample]]:
-        """Statistics of the MoE layers in decoder layer `index`; its outputs replace the hidden states."""
+    def _forward(self, index: int) -> dict[str, Collected]:
+        """What a forward leaves of the MoE layers in decoder layer `index`; its outputs replace the hidden states."""
         start = time.perf_counter()
         needs = self.recipe.statistics_needed() - {"weights"}
         with self.hidden_states.written(index) as writer, self.stack.only(index) as run:
@@ -238,7 +235,7 @@ class StreamingRun:
                 if index < self.last_moe:
                     writer.append(output)
 
-            results = collect_statistics(
+            results = collect(
                 self.model,
                 self.layers_of[index],
                 self.data,
@@ -246,6 +243,8 @@ class StreamingRun:
                 seed=self.recipe.seed,
                 progress=False,
                 forward=forward,
+                held_out_tokens=FIT_HELD_OUT_TOKENS if self.recipe.needs_inputs else HELD_OUT_TOKENS,
+                calibration_tokens=self.recipe.fit_tokens if self.recipe.needs_inputs else 0,
             )
         self.summary.add_seconds("forward", start)
         self.summary.bytes_written += writer.num_bytes

@@ -125,7 +125,7 @@ def _experts_of_layer(model: PreTrainedModel, paths: set[str], num_slots: int, n
     return {layer.name: layer.num_experts for layer in find_layers(built)}
 
 
-def adopt_native(model: PreTrainedModel, layers: Sequence[MoeLayer], paths: set[str], num_experts: int) -> None:
+def adopt_counts(model: PreTrainedModel, layers: Sequence[MoeLayer], paths: set[str], num_experts: int) -> None:
     """Write the new number of experts wherever the model and its configurations say the old one.
 
     Args:

@@ -11,7 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.models.auto import modeling_auto
 
 from ..evaluation import Evaluation
-from ..recipe import Recipe, recipe_from_dict
+from ..recipe import Recipe
+from ..recipe_reading import recipe_from_dict
 from . import card_text
 from .report import read_report, recipe_yaml
 

@@ -6,7 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..recipe import OPTIONAL_STEPS, PRESETS, STEPS, Recipe, recipe_from_preset
+from ..decomposition import DECOMPOSITION
+from ..low_rank import DEFAULT_RANK
+from ..recipe import OPTIONAL_STEPS, PRESETS, STEPS, Recipe
+from ..recipe_reading import recipe_from_preset
 
 NOT_EVALUATED, NOT_MEASURED = "not evaluated", "not measured"
 CALIBRATION_LABELS = {
@@ -155,7 +158,7 @@ def _method(recipe: Recipe) -> list[str]:
         budget = {"keep": recipe.keep, "num_experts": recipe.num_experts, "layout": recipe.layout}
         published = recipe_from_preset(recipe.preset, **budget)
         names = [f"{step}{suffix}" for step in STEPS for suffix in ("", "_options")]
-        names += ["exclude_layers", "decomposition", "decomposition_options"]
+        names += ["exclude_layers"]
         changed = [f"`{name}`" for name in names if getattr(recipe, name) != getattr(published, name)]
         if changed:
             lines.append(f"Changed from the preset: {', '.join(changed)}.")
@@ -167,8 +170,12 @@ def _method(recipe: Recipe) -> list[str]:
     ]
     lines.append(f"Steps: {', '.join(steps)}; layout `{recipe.layout}`.")
     if recipe.decomposition is not None:
+        options = DECOMPOSITION.options(recipe.decomposition) | recipe.decomposition_options
+        size = f"rank {options['rank'] or DEFAULT_RANK}"
+        if options["parameter_ratio"] is not None:
+            size = f"{100 * options['parameter_ratio']:g}% of its parameters"
         lines.append(
-            f"Each stored matrix is factors of rank {recipe.rank} plus {100 * recipe.keep_rows:g}% of the rows of the "
+            f"Each stored matrix is factors of {size} plus {100 * options['keep_rows']:g}% of the rows of the "
             f"residual (`{recipe.decomposition}`)."
         )
     return lines

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from ..evaluation import Evaluation
-from ..recipe import PRESETS, Recipe, recipe_from_dict
+from ..recipe import PRESETS, Recipe
+from ..recipe_reading import recipe_from_dict
 from ..types import CompressionReport
 
 REPORT_FILE = "compression_report.json"

@@ -1,4 +1,4 @@
-"""Training after compression: recovery by distillation with transformers' Trainer, pruning of rows, LoRA."""
+"""Training of compressed models: recovery by distillation, LoRA, and which rows of sparse parts stay."""
 
 from .arguments import DistillationArguments
 from .cache_writer import cache_teacher

@@ -1,0 +1,89 @@
+"""Neurons by what their removal costs when the other neurons of their expert make up for it."""
+
+import torch
+from torch import Tensor
+
+from ..expert_values import PackedExperts
+from . import SELECTION
+
+
+@SELECTION.register("gated_obs")
+def saliency_by_gated_obs(
+    experts: PackedExperts, grams: list[Tensor], *, ridge: float = 3e-3, block: float = 0.05
+) -> Tensor:
+    """Cost of removing each neuron in the order of the Optimal Brain Surgeon, on gated features.
+
+    The output of expert e is phi down with phi = gate weight times activation. Removing neuron a and refitting the
+    others costs, in squared output error over the calibration tokens,
+
+        |down[a]|^2 / [H^-1]_aa,    H = sum of phi phi^T + ridge * mean(diagonal) * I,
+
+    after which `down` and H^-1 are updated (Hassibi & Stork, 1993, "Second order derivatives for network pruning").
+    Neurons go in blocks: the cheapest `block` of those left, then the update. A neuron's saliency is the cost of its
+    own removal after all that went before it, made non-decreasing, so the most salient neurons of all experts
+    together, for any budget, are what the elimination leaves in each.
+
+    The gates make costs of different experts of a layer comparable. Products of neurons of different experts are
+    left out, because an expert's own Gram is all that has to be kept and inverted: N matrices (I, I) instead of one
+    (N I, N I). What that loses is measured in examples/benchmarks/fidelity.py; the refit afterwards is joint.
+
+    Args:
+        experts: P neurons of M experts.
+        grams: For each expert the sum of phi phi^T, (width, width) float64.
+        ridge: Relative to the mean energy of the expert's neurons. An expert that no token reached counts as if one
+            average token had.
+        block: Share of an expert's remaining neurons that go between two updates.
+
+    Returns:
+        (P,) float64, >= 0: squared output error. Time O(I^3), memory O(I^2) for each expert.
+    """
+    energies = torch.stack([gram.diagonal().sum() / max(1, len(gram)) for gram in grams])
+    counts = energies.mean() * UNSEEN
+    offsets = experts.offsets.tolist()
+    saliency = grams[0].new_zeros(experts.num_neurons)
+    for expert, gram in enumerate(grams):
+        neurons = slice(offsets[expert], offsets[expert + 1])
+        if neurons.start == neurons.stop:
+            continue
+        damping = ridge * torch.maximum(energies[expert], counts)
+        hessian = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        saliency[neurons] = removal_costs(hessian, experts.down[neurons].to(gram.dtype), block)
+    return saliency
+
+
+# Energy of an expert that no token reached, relative to the mean of all: small beside any that was used.
+UNSEEN = 1e-6
+
+
+def removal_costs(hessian: Tensor, down: Tensor, block: float) -> Tensor:
+    """Cost of each neuron's removal after those that are cheaper, (I,); see `saliency_by_gated_obs`.
+
+    Args:
+        hessian: (I, I) positive definite.
+        down: (I, D).
+        block: In (0, 1].
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    order = elimination_order(inverse.clone(), down.clone(), block)
+    # Removing a set R costs |L^-1 down_R|^2 with L L^T = [H^-1]_RR; one factorization gives every nested set.
+    factor = torch.linalg.cholesky(inverse[order[:, None], order])
+    costs = torch.linalg.solve_triangular(factor, down[order], upper=False).square().sum(1)
+    return torch.empty_like(costs).index_copy(0, order, costs.cummax(0).values)
+
+
+def elimination_order(inverse: Tensor, down: Tensor, block: float) -> Tensor:
+    """Neurons in the order in which they go, cheapest first, (I,) int64; destroys its arguments."""
+    left = torch.arange(len(down), device=down.device)
+    order = []
+    while left.numel() > 1:
+        costs = down.square().sum(1) / inverse.diagonal()
+        number = min(left.numel() - 1, max(1, int(left.numel() * block)))
+        chosen = costs.argsort(stable=True)
+        gone, stays = chosen[:number], chosen[number:].sort().values
+        order.append(left[gone])
+        coupling = inverse[stays[:, None], gone]
+        factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
+        down = down[stays] - coupling @ torch.cholesky_solve(down[gone], factor)
+        inverse = inverse[stays[:, None], stays] - coupling @ torch.cholesky_solve(coupling.T, factor)
+        left = left[stays]
+    return torch.cat([*order, left])
