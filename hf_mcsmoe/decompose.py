@@ -38,9 +38,14 @@ def decompose_merged(
 
     Raises:
         ValueError: The model is not of the mapped layout or has no dense merged experts, layers share them, their
-            family cannot have other forms, or an option is unknown.
+            family cannot have other forms, an option is unknown, or the rule reads calibration data.
     """
     DECOMPOSITION.check_options(decomposition, options)
+    if DECOMPOSITION.needs(decomposition):
+        raise ValueError(
+            f"decomposition {decomposition!r} reads calibration data, which is not collected here. Use "
+            f"'low_rank_sparse', or give compress_moe a recipe with decomposition={decomposition!r}."
+        )
     layers = merged_layers(model)
     tied = tied_layers(layers)
     if tied:
