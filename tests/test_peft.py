@@ -194,6 +194,9 @@ def test_what_cannot_be_done_is_refused():
         lora_config(tiny_model("qwen3_moe"), attention=False, experts=False)
     with pytest.raises(ValueError, match=r"lora_dropout is 0\.1, but PEFT cannot"):
         lora_config(tiny_model("qwen3_moe"), lora_dropout=0.1)
+    with pytest.raises(ValueError, match=r"transformer\.blocks\.0\.ffn\.experts' are flat matrices"):
+        lora_config(tiny("dbrx"))
+    assert lora_config(tiny("dbrx"), experts=False).target_parameters is None
 
 
 def test_router_logits_are_still_recorded(compress, prompt):
