@@ -34,7 +34,7 @@ OBS = (
     "Neurons go by the Optimal Brain Surgeon, applied to the gated features of each expert on calibration tokens; "
     "then one ridge regression fits all down projections of a layer to its original output."
 )
-MATCHED = "After that a few hundred steps of Adam on each layer alone, its router included, and the regression again."
+MATCHED = "After that a few hundred steps of Adam on the experts of each layer alone, and the regression again."
 
 PRESETS: dict[str, Preset] = {
     "auto": Preset(

@@ -78,7 +78,7 @@ def test_what_cannot_be_decomposed_is_refused(compress):
         decompose_merged(model, ranks=2)
     with pytest.raises(ValueError, match="Unknown decomposition 'svd'"):
         decompose_merged(model, "svd")
-    with pytest.raises(ValueError, match="'whitened_low_rank_sparse' minimises .* calibration is None"):
+    with pytest.raises(ValueError, match=r"'whitened_low_rank_sparse' minimises .* calibration is None"):
         decompose_merged(model, "whitened_low_rank_sparse", rank=2)
     assert not form_layers(model)
     decompose_merged(model, rank=2, progress=False)
