@@ -197,7 +197,6 @@ def add_products(
                 gram[rows, columns] += product.to(gram.dtype)
 
 
-@torch.no_grad()
 def apply_down(experts: PackedExperts, activation: Activation, batch: RoutedTokens) -> Tensor:
     """What experts give for the tokens of a batch, (t, D) float32."""
     output = output_of_biases(experts, batch.gates)

@@ -11,6 +11,7 @@ from .allocation import ALLOCATION
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
 from .low_rank import num_kept_rows
+from .matching import MATCHING
 from .merging import MERGING
 from .presets import PRESETS
 from .refit import REFIT
@@ -30,9 +31,10 @@ STEPS: dict[str, Registry] = {
     "importance": SALIENCY,
     "selection": SELECTION,
     "refit": REFIT,
+    "matching": MATCHING,
     "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "decomposition")
+OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "matching", "decomposition")
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 NOT_STATISTICS = {"input_gram"}  # made of the tokens that a layer keeps, when it is its turn
 
@@ -66,6 +68,7 @@ class Recipe:
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
             keeps all experts.
         refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
+        matching: How each layer alone is trained to give what the original one gave, after the refit; None does not.
         sequential: Fit each layer on what the compressed layers before it give, not on what the original ones gave.
             One forward for each layer.
         fit_tokens: Calibration tokens that selection and refit see, about.
@@ -105,6 +108,8 @@ class Recipe:
     keep_experts: float | None = None
     refit: str | None = None
     refit_options: dict[str, Any] = field(default_factory=dict)
+    matching: str | None = None
+    matching_options: dict[str, Any] = field(default_factory=dict)
     sequential: bool = False
     fit_tokens: int = 65_536
     exclude_layers: tuple[int | str, ...] = ()
@@ -245,8 +250,8 @@ class Recipe:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether neurons are selected or down projections fitted."""
-        return self.selection is not None or self.refit is not None
+        """Whether neurons are selected, down projections fitted or layers trained."""
+        return not (self.selection is None and self.refit is None and self.matching is None)
 
     @property
     def needs_inputs(self) -> bool:
