@@ -124,23 +124,20 @@ def double_neurons(model):
 
 @pytest.mark.parametrize("layout", ["mapped", "native"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_half_of_neurons_that_are_there_twice_go_without_loss(model_type, layout, original, prompt):
+def test_half_of_neurons_that_are_there_twice_go_without_loss(model_type, layout, original):
     if layout == "native" and model_type in SAME_FIELD_ELSEWHERE:
         pytest.skip("refused")
     changes = {} if model_type == "switch_transformers" else {"moe_intermediate_size": 32, "intermediate_size": 32}
     model = double_neurons(original(model_type, **changes))
     width = find_layers(model)[0].intermediate_size
-    expected = logits(model, prompt)
-    many = torch.randint(3, 150, (120, 20), generator=torch.Generator().manual_seed(3))
+    many = torch.randint(3, 150, (80, 20), generator=torch.Generator().manual_seed(3))
+    expected = logits(model, many[:4])
     options = {"selection_options": {"ridge": 1e-7, "block": 1e-9}, "refit_options": {"ridges": (1e-7, 1e-6)}}
     result = fit(model, many, keep=0.5, layout=layout, **FIT, **options)
     for entry in reports(result):
-        assert (
-            sum(entry.widths) * 2
-            == entry.num_slots * find_layers(original(model_type, **changes))[0].intermediate_size
-        )
+        assert sum(entry.widths) == entry.num_slots * width // 2
         assert entry.relative_error < 1e-4
-    assert_close(logits(result, prompt), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    assert_close(logits(result, many[:4]), expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(
@@ -199,7 +196,7 @@ def test_experts_that_calibration_never_reached_keep_neurons(original, tokens, p
 
 
 def test_padding_and_batching_do_not_count(original, tokens, prompt):
-    rows = [row[: 5 + place % 16].tolist() for place, row in enumerate(tokens)]
+    rows = [row[: 5 + place % 16].tolist() for place, row in enumerate(tokens[:16])]
     left = torch.tensor([[0] * (24 - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (24 - len(row)) + [1] * len(row) for row in rows])
     data = [
@@ -238,8 +235,14 @@ def test_sequential_fits_each_layer_on_what_the_ones_before_give_now(original, t
     assert all(x.relative_error < 1 for x in reports(results[True]))
 
 
-@pytest.mark.parametrize("name", ["mapped-neurons", "native-experts-and-neurons", "native-dropped-refit"])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_moe", "mapped-neurons"),
+        ("qwen3_moe", "native-experts-and-neurons"),
+        ("gpt_oss", "native-dropped-refit"),
+    ],
+)
 def test_narrow_weights_give_about_what_float32_gives(model_type, name, original, tokens, prompt):
     narrow = original(model_type).to(torch.bfloat16)
     wide = copy.deepcopy(narrow).float()
@@ -247,7 +250,7 @@ def test_narrow_weights_give_about_what_float32_gives(model_type, name, original
     narrow, wide = (fit(model, tokens, **RECIPES[name]) for model in (narrow, wide))
     assert all(p.dtype == torch.bfloat16 for p in narrow.parameters())
     for rounded, exact in zip(reports(narrow), reports(wide), strict=True):
-        assert sum(rounded.widths) == sum(exact.widths) or name == "mapped-merged-refit"
+        assert sum(rounded.widths) == sum(exact.widths)
         assert rounded.relative_error < 1.5 * exact.relative_error + 0.02
     changes = [(logits(model, prompt).float() - before).square().mean().item() for model in (narrow, wide)]
     assert changes[0] < 1.5 * changes[1] + 1e-3
@@ -256,8 +259,15 @@ def test_narrow_weights_give_about_what_float32_gives(model_type, name, original
 # --- streaming and offload
 
 
-@pytest.mark.parametrize("name", ["mapped-neurons", "mapped-merged-refit", "native-neurons", "native-dropped-refit"])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_moe", "mapped-neurons"),
+        ("qwen3_moe", "native-dropped-refit"),
+        ("gpt_oss", "native-neurons"),
+        ("gpt_oss", "mapped-merged-refit"),
+    ],
+)
 def test_streaming_gives_what_compressing_in_memory_gives(model_type, name, checkpoint, stream, tokens, tmp_path):
     folder, recipe = checkpoint(model_type), {"allocation": "uniform", **RECIPES[name]}
     assert stream(folder, **recipe).streaming_summary is not None
@@ -274,8 +284,10 @@ def test_streaming_gives_what_compressing_in_memory_gives(model_type, name, chec
 
 
 @pytest.mark.filterwarnings("ignore:.*(offloaded modules|current device_map).*:UserWarning")
-@pytest.mark.parametrize("name", ["mapped-neurons", "native-experts-and-neurons", "native-dropped-refit"])
-@pytest.mark.parametrize("way", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [("cpu", "mapped-neurons"), ("disk", "native-experts-and-neurons"), ("disk", "native-dropped-refit")],
+)
 def test_offloaded_models_give_what_models_in_memory_give(way, name, checkpoint, tokens, prompt, tmp_path):
     folder = checkpoint("qwen3_moe")
     expected = fit(AutoModelForCausalLM.from_pretrained(folder), tokens, **RECIPES[name])
