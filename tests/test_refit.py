@@ -95,7 +95,7 @@ def test_the_ridge_is_the_one_with_the_least_held_out_error():
         candidates = {ridge: slow_fit(experts, tokens, ridge) for ridge in RIDGES}
         errors = {ridge: error(experts, down, held_out) for ridge, down in candidates.items()}
         best = min(errors, key=errors.get)
-        assert best == (min(RIDGES) if noise == 0 else max(RIDGES))
+        assert best == min(RIDGES) if noise == 0 else best >= 1
         torch.testing.assert_close(fit(experts, tokens, held_out), candidates[best], rtol=1e-6, atol=1e-8)
 
 

@@ -107,7 +107,7 @@ def test_costs_of_blocks_add_up_to_the_minimum_without_any_of_them(block):
     (gram,) = grams_of(experts, routed(30, 1, top_k=1))
     down, damping = experts.down.double(), damping_of(gram)
     hessian = gram + damping * torch.eye(12, dtype=torch.float64)
-    costs = removal_costs(hessian, down, block)
+    costs = removal_costs(hessian.inverse(), down, block)
     order = costs.argsort(stable=True).tolist()
     # Costs are made non-decreasing, so sums of nested sets are at least the minima; all of them together are no less.
     for number in (1, 4, 9, 12):
@@ -214,6 +214,18 @@ def test_few_tokens_give_finite_saliency(name, num_tokens):
     saliency = SELECTION[name](experts, sum_expert_grams(experts, activation, [batch]))
     assert saliency.shape == (experts.num_neurons,) and saliency.dtype == torch.float64
     assert saliency.isfinite().all() and (saliency >= 0).all()
+
+
+def test_a_ridge_below_the_precision_of_the_gram_is_raised():
+    experts = packed_experts(widths=(12,))
+    for tensor in (experts.up, experts.gate):
+        tensor[6:] = tensor[:6]
+    (gram,) = sum_expert_grams(experts, activation, [routed(40, 1, top_k=1)])
+    noise = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noisy = gram + 1e-6 * gram.diagonal().mean() * (noise + noise.T)  # not positive any more
+    assert torch.linalg.eigvalsh(noisy)[0] < 0
+    saliency = saliency_by_gated_obs(experts, [noisy], ridge=1e-12)
+    assert saliency.isfinite().all() and (saliency > 0).all()
 
 
 # --- experts that calibration never reached
