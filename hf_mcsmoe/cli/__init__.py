@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from tqdm.auto import tqdm
 from typer.core import TyperGroup
 
 from .cache_teacher import cache_teacher_command
@@ -32,7 +33,8 @@ class CleanErrors(TyperGroup):
             if ctx.params.get("_traceback") or isinstance(error, BrokenPipeError):
                 raise
             sys.stdout.flush()
-            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            # Not on the line of a progress bar that the error has stopped.
+            tqdm.write(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from error
 
 
