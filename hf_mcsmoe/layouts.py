@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .allocation import ALLOCATION
+from .auto_candidates import recipe_to_plan
 from .families import find_layers, reason_against, tied_layers
 from .loading import empty_model, read_config
 from .modeling.forms import check_forms
@@ -141,15 +142,16 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
         TypeError: An entry of `exclude_layers` is of a wrong type.
     """
     named = "The model" if model is None else type(model).__name__
-    reason = reason_against(model) if model is not None and not layers else None
+    # Experts of other forms than dense are not found as layers, so what is marked must be asked first.
+    is_marked = hasattr(getattr(model, "config", None), "merged_sparse_moe")
+    reason = reason_against(model) if model is not None and not layers and not is_marked else None
     if reason is not None:
         raise ValueError(f"{named} cannot be compressed: {reason}. Choose another model.")
-    if not layers:
+    if not layers and not is_marked:
         raise ValueError(
             f"{named} has no MoE layer that hf_mcsmoe knows: it is dense, or stores its routed experts in a way "
             "that is not supported. Choose another model."
         )
-    is_marked = hasattr(getattr(model, "config", None), "merged_sparse_moe")
     if is_marked or any(
         layer.num_experts != layer.num_slots or hasattr(layer.experts, "expert_map") for layer in layers
     ):
@@ -217,7 +219,8 @@ def plan(
 
     Args:
         model: A model on any device, a configuration, a folder or a Hub id.
-        recipe: What is asked.
+        recipe: What is asked. For "auto" the sizes are those of its first candidate that the model can have; all
+            have the same budget.
         trust_remote_code: Run the model's own Python file, if it has one.
 
     Raises:
@@ -228,7 +231,7 @@ def plan(
         config = read_config(model, trust_remote_code=trust_remote_code)
         model = empty_model(config, trust_remote_code=trust_remote_code)
     layers = find_layers(model)
-    check_layout(layers, recipe, model=model)
+    recipe = recipe_to_plan(recipe, lambda candidate: check_layout(layers, candidate, model=model))
     kept, _ = resolve_layers(layers, recipe)
     budgets = dict(zip((layer.name for layer in kept), budget_of_layer(kept, recipe), strict=True))
     before = after = measure(model, layers)
