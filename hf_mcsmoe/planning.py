@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .auto_candidates import recipe_to_plan
 from .decomposition import DECOMPOSITION
 from .families import find_layers, tied_layers
 from .layouts import budget_of_layer, check_layout, neurons_of_layer, resolve_layers
@@ -68,7 +69,8 @@ def plan(
 
     Args:
         model: A model on any device, a configuration, a folder or a Hub id.
-        recipe: What is asked.
+        recipe: What is asked. For "auto" the sizes are those of its first candidate that the model can have; all
+            have the same budget.
         trust_remote_code: Run the model's own Python file, if it has one.
 
     Raises:
@@ -79,7 +81,7 @@ def plan(
         config = read_config(model, trust_remote_code=trust_remote_code)
         model = empty_model(config, trust_remote_code=trust_remote_code)
     layers = find_layers(model)
-    check_layout(layers, recipe, model=model)
+    recipe = recipe_to_plan(recipe, lambda candidate: check_layout(layers, candidate, model=model))
     kept, _ = resolve_layers(layers, recipe)
     budgets = dict(zip((layer.name for layer in kept), budget_of_layer(kept, recipe), strict=True))
     before = after = measure(model, layers)
