@@ -16,6 +16,7 @@ from .modeling import (
     MergedSparseMoeForTokenClassification,
     MergedSparseMoeModel,
 )
+from .publishing import push_checkpoint, push_to_hub
 from .recipe import PRESETS, Recipe
 
 __all__ = [
@@ -33,4 +34,6 @@ __all__ = [
     "compress_moe",
     "load_calibration",
     "plan",
+    "push_checkpoint",
+    "push_to_hub",
 ]

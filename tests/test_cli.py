@@ -21,7 +21,7 @@ from hf_mcsmoe.loading import load_model
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 
-VERBS = ("demo", "inspect", "plan", "compress", "evaluate")
+VERBS = ("demo", "inspect", "plan", "compress", "evaluate", "push")
 
 
 def run(*arguments):
