@@ -23,8 +23,8 @@ def published(files: Mapping[str, Path], repo_id: str, secret: str | None = None
     """The content of a repository from the files of a checkpoint, which stay as they are.
 
     Folders of this machine are cut from reports and configuration. A card that was written by this package and not
-    changed since is written again for the repository: with its name in title and loading code. One that was changed
-    by hand, or is that of another version, goes as it is.
+    changed since, but for tags that were added, is written again for the repository: its name in title and loading
+    code. One that was changed otherwise, or is that of another version, goes as it is.
 
     Args:
         files: What `checkpoint_files` found, by name.
@@ -82,18 +82,19 @@ def _without_secrets(values: Any) -> Any:
 def _card_for(files: Mapping[str, Path], repo_id: str) -> Path | bytes:
     report = read_report(files[REPORT_FILE])
     options = {"has_tokenizer": "tokenizer_config.json" in files, "base_license": local_licence(report["base_model"])}
-    path = files.get(CARD_FILE)
+    path, tags = files.get(CARD_FILE), []
     if path is not None:
-        text = path.read_text(encoding="utf-8")
-        written = ModelCard(text)
+        written = ModelCard.load(path)
         options |= _choices(written)
-        if not _same(model_card(report, repo_name=_title(written), **options), text):
+        tags = written.data.tags or []
+        names = (_title(written), repo_id)
+        if not any(_same(add_tags(model_card(report, repo_name=name, **options), tags), written) for name in names):
             logger.warning(
                 f"{path} was changed since it was written, or is that of another version of hf_mcsmoe: it is "
                 "published as it is. Delete it to have a new one."
             )
             return path
-    return str(model_card(without_paths(report), repo_name=repo_id, **options)).encode()
+    return str(add_tags(model_card(without_paths(report), repo_name=repo_id, **options), tags)).encode()
 
 
 def _choices(card: ModelCard) -> dict[str, Any]:
@@ -108,5 +109,5 @@ def _title(card: ModelCard) -> str:
     return next((line[2:] for line in card.text.splitlines() if line.startswith("# ")), "")
 
 
-def _same(card: ModelCard, text: str) -> bool:
-    return str(card).split() == text.split()
+def _same(card: ModelCard, other: ModelCard) -> bool:
+    return card.data.to_dict() == other.data.to_dict() and card.text.split() == other.text.split()
