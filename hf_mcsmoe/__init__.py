@@ -21,6 +21,7 @@ from .modeling import (
 )
 from .modeling.densify import densify, harden
 from .planning import plan
+from .publishing import push_checkpoint, push_to_hub
 from .recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ __all__ = [
     "lora_config",
     "plan",
     "prune_by_gradients",
+    "push_checkpoint",
+    "push_to_hub",
 ]
 
 

@@ -15,6 +15,7 @@ from .evaluate import evaluate_command
 from .families import families_command
 from .inspect import inspect_command
 from .plan import plan_command
+from .push import push_command
 from .recover import recover_command
 
 BAD_INPUT = 2  # exit code
@@ -75,6 +76,7 @@ app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("compress")(compress_command)
 app.command("evaluate")(evaluate_command)
+app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)
 # What it does not know itself are training arguments.
 app.command("recover", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(recover_command)

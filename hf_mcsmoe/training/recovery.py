@@ -16,9 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import check_output_folder
 from ..loading import empty_model, load_model, load_tokenizer, read_config
+from ..local_paths import hub_id
 from ..outcome import package_version
 from ..publishing import REPORT_FILE, read_report, write_card, write_report
-from ..publishing.card import hub_id
 from .arguments import DistillationArguments
 from .cached_teacher import read_description
 from .live_teacher import is_cache_file
