@@ -133,13 +133,18 @@ def compress_moe(
     compress_loaded = compress_by_choice if recipe.preset == AUTO else compress_in_memory
     report = compress_loaded(model, recipe, data, progress=progress, start=start)
     if unpacking is not None:
-        forget_unpacking(model)
-        notice = f"The checkpoint was quantized ({method_name(unpacking)}); the result is in {model.dtype}."
-        logger.warning(notice)
-        report.warnings.append(notice)
+        note_unpacking(model, unpacking, report)
     if output is not None:
         save_checkpoint(model, report, output, tokenizer=tokenizer, overwrite=overwrite)
     return model
+
+
+def note_unpacking(model: PreTrainedModel, unpacking: Any, report: CompressionReport) -> None:
+    """Say that a quantized checkpoint was unpacked, and let the model forget how."""
+    forget_unpacking(model)
+    notice = f"The checkpoint was quantized ({method_name(unpacking)}); the result is in {model.dtype}."
+    logger.warning(notice)
+    report.warnings.append(notice)
 
 
 def as_recipe(config: MergedSparseMoeConfig | Recipe | str | Path) -> Recipe:
