@@ -1,4 +1,4 @@
-"""M-SMoE against usage-frequency pruning: loss on held-out text and bytes on disk, in both layouts.
+"""Presets side by side, without training: loss on held-out text and bytes on disk, in both layouts.
 
     python examples/benchmarks/m_smoe.py --model hf_mcsmoe/assets/tiny-qwen3-moe \\
         --calibration hf_mcsmoe/assets/calibration.jsonl --data hf_mcsmoe/assets/evaluation.jsonl
@@ -25,6 +25,10 @@ VARIANTS = [
     ("m-smoe", "mapped", {"allocation": "uniform"}),
     ("m-smoe", "native", {}),
     ("frequency", "native", {}),
+    ("narrow-obs", "native", {}),
+    ("narrow-obs-matched", "native", {}),
+    ("joint-obs", "mapped", {}),
+    ("joint-obs-matched", "mapped", {}),
 ]
 
 
@@ -36,7 +40,7 @@ def bytes_on_disk(folder: Path) -> tuple[int, int]:
             for name in file.keys():
                 tensor = file.get_tensor(name)
                 total += tensor.numel() * tensor.element_size()
-                if ".experts." in name and "expert_map" not in name:
+                if ".experts." in name and tensor.is_floating_point():  # no map, no offsets of neurons
                     experts += tensor.numel() * tensor.element_size()
     return total, experts
 
@@ -47,6 +51,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--data", required=True, help="text or .npy tokens to evaluate on")
     parser.add_argument("--keep", default="0.75,0.5,0.25")
+    parser.add_argument("--presets", help="only these, with commas between them")
     parser.add_argument("--rows", type=int, help="most rows of calibration data")
     parser.add_argument("--evaluation-rows", type=int, help="most rows of each domain")
     parser.add_argument("--dtype", default="float32")
@@ -64,7 +69,8 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     print(f"| original | - | 100 % | {score.perplexity:.2f} | {score.loss:.4f} | | | |")
     results = [{"method": "original", "loss": score.loss, "perplexity": score.perplexity}]
-    for preset, layout, changes in VARIANTS:
+    wanted = args.presets.split(",") if args.presets else [preset for preset, _, _ in VARIANTS]
+    for preset, layout, changes in [variant for variant in VARIANTS if variant[0] in wanted]:
         for keep in map(float, args.keep.split(",")):
             recipe = recipe_from_preset(preset, keep=keep, layout=layout, **changes)
             model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
