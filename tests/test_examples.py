@@ -58,7 +58,7 @@ def test_a_compressed_model_is_recovered(tmp_path):
         (
             "expert_forms.py",
             ("--experts", "4", "--hidden", "64", "--width", "64", "--rank", "4", "--tokens", "32", "--repeats", "1"),
-            ("low_rank_sparse", "ragged"),
+            ("decomposed / dense", "ragged / uniform"),
         ),
         ("distillation_memory.py", ("--tokens", "64", "--vocabulary", "512"), ()),
     ],
