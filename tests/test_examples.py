@@ -40,6 +40,36 @@ def test_the_script_that_made_the_tiny_model_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_compressed_model_is_recovered(tmp_path):
+    size = ("--max-steps", "1", "--evaluation-rows", "1")
+    printed = run(str(EXAMPLES / "recover_with_trainer.py"), "--output", str(tmp_path / "out"), *size)
+    losses = {
+        line.split(":")[0]: float(line.split()[2].rstrip(",")) for line in printed.splitlines() if "loss " in line
+    }
+    assert losses["original"] < losses["compressed"] and losses["recovered"] != losses["compressed"]
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "rows"),
+    [
+        ("decomposition.py", ("--rank", "8", "--rows", "2", "--evaluation-rows", "2"), ("plain", "whitened, rows by")),
+        (
+            "expert_forms.py",
+            ("--experts", "4", "--hidden", "64", "--width", "64", "--rank", "4", "--tokens", "32", "--repeats", "1"),
+            ("decomposed / dense", "ragged / uniform"),
+        ),
+        ("distillation_memory.py", ("--tokens", "64", "--vocabulary", "512"), ()),
+    ],
+    ids=["decomposition", "expert_forms", "distillation_memory"],
+)
+def test_the_benchmarks_of_recovery_run(script, arguments, rows):
+    printed = run(str(EXAMPLES / "benchmarks" / script), *arguments)
+    assert printed.strip() and all(row in printed for row in rows)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["calibration_cost.py", "m_smoe.py", "collapse_duplicates.py"])
 def test_the_benchmarks_run(script, tmp_path):
     assets = EXAMPLES.parent / "hf_mcsmoe" / "assets"

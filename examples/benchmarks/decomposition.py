@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 8])
     parser.add_argument("--keep-rows", type=float, default=0.1)
     parser.add_argument("--rows", type=int, default=64, help="calibration rows of 256 tokens")
+    parser.add_argument("--evaluation-rows", type=int, default=48, help="held-out rows of 256 tokens")
     args = parser.parse_args()
     torch.set_num_threads(1)
     assets = files("hf_mcsmoe") / "assets"
@@ -107,7 +108,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     how = {"tokenizer": tokenizer, "sequence_length": 256, "held_out_fraction": 0}
     data = load_calibration(str(assets / "calibration.jsonl"), num_samples=args.rows, batch_size=4, **how)
-    unseen = load_calibration(str(assets / "evaluation.jsonl"), num_samples=48, batch_size=8, **how)
+    unseen = load_calibration(str(assets / "evaluation.jsonl"), num_samples=args.evaluation_rows, batch_size=8, **how)
     layers = find_layers(model)
     grams, unseen_grams = (grams_of(model, layers, one) for one in (data, unseen))
     weights = {x.name: x.family.view(x, x.family.stack(x, x.expert_parameters)).tensors() for x in layers}
