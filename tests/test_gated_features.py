@@ -137,6 +137,17 @@ def test_nothing_is_summed_without_tokens_or_for_experts_that_none_reaches(exper
     assert not apply_down(experts, activation, unrouted).any()
 
 
+def test_long_batches_are_cut_and_short_ones_joined(monkeypatch):
+    monkeypatch.setattr(gated_features, "CHUNK_TOKENS", 5)
+    batches = [routed(n, 3, seed=n) for n in (2, 2, 2, 11, 1, 4, 1)]
+    pieces = list(gated_features.in_chunks(batches))
+    assert [len(piece.gates) for piece in pieces] == [4, 2, 5, 5, 2, 5]
+    for field in dataclasses.fields(RoutedTokens):
+        whole = torch.cat([getattr(piece, field.name) for piece in pieces])
+        assert torch.equal(whole, torch.cat([getattr(batch, field.name) for batch in batches]))
+    assert list(gated_features.in_chunks([])) == []
+
+
 def test_gates_add_up_slots_of_one_expert_and_leave_out_what_is_none():
     index = torch.tensor([[2, 2, 0], [-1, 1, 3], [3, -1, -1], [0, 1, 2]])
     weights = torch.tensor([[0.5, 0.25, 0.1], [0.7, 0.2, 0.4], [1.0, 1.0, 1.0], [0.0, 0.3, -0.1]])
