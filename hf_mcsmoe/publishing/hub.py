@@ -74,7 +74,7 @@ def push_checkpoint(
         # Pull requests have their own references, which must exist.
         if revision not in (None, MAIN) and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    contents = published(files, repo_id, secret)
+    contents = published(files, repo_id, secret, token)
     with explained(repo_id, secret):
         there = api.list_repo_files(repo_id, revision=revision)
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
