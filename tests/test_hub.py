@@ -72,6 +72,7 @@ def test_one_commit_holds_the_whole_checkpoint(hub, pushed, results):
 
 def test_no_folder_of_the_machine_leaves_it(pushed, source, results):
     assert str(source).encode() in (results / "mapped" / "compression_report.json").read_bytes()
+    assert b"secret-project" not in (results / "mapped" / "config.json").read_bytes()  # Trainer sends it as it is
     for name, written in pushed.items():
         assert b"secret-project" not in written and str(results).encode() not in written, name
     assert json.loads(pushed["compression_report.json"])["base_model"] == "./original"
