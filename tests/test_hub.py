@@ -1,28 +1,21 @@
 """Pushing and loading against a Hub server on loopback, from processes of their own."""
 
+import hashlib
 import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import yaml
+from hub_checkpoints import commits, content, push, save_original, save_results
 from hub_clients import Client, environment, finish, start
 from hub_server import Hub
 from huggingface_hub import ModelCard
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
-from hf_mcsmoe import Recipe, compress_moe
-from hf_mcsmoe.evaluation import evaluate_model, load_evaluation_data
-from hf_mcsmoe.loading import load_model
 from hf_mcsmoe.publishing import read_report, write_card, write_report
 
 ALICE, READER, BOB = "hf_aliceMayWrite0123456789", "hf_aliceMayOnlyRead0123456", "hf_bobIsSomebodyElse012345"
 USERS = {ALICE: ("alice", True), READER: ("alice", False), BOB: ("bob", True)}
-PUSH = "from hf_mcsmoe import push_checkpoint\nresult = push_checkpoint({folder!r}, {repo!r}{options}).commit_url"
 
 
 @pytest.fixture(scope="module")
@@ -43,33 +36,13 @@ def client(hub, tmp_path_factory):
 @pytest.fixture(scope="module")
 def source(checkpoint, tmp_path_factory):
     """The original model with a tokenizer, in a folder whose name nobody needs to know."""
-    folder = tmp_path_factory.mktemp("secret-project") / "original"
-    shutil.copytree(checkpoint("qwen3_moe"), folder)
-    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(160)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokens = {"unk_token": "w0", "pad_token": "w0", "eos_token": "w2"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder)
-    return folder
+    return save_original(checkpoint("qwen3_moe"), tmp_path_factory.mktemp("secret-project") / "original")
 
 
 @pytest.fixture(scope="module")
 def results(source, tokens, tmp_path_factory):
-    """Folders of the model compressed by the layouts: "mapped" in shards and evaluated, "native" in one file."""
-    folder = tmp_path_factory.mktemp("results")
-    how = {"calibration": tokens, "progress": False}
-    compress_moe(source, Recipe(keep=0.5), output_dir=folder / "mapped", executor="streaming", **how)
-    native = Recipe(keep=0.5, layout="native")
-    compress_moe(source, native, output_dir=folder / "native", executor="in_memory", **how)
-    np.save(folder / "tokens.npy", tokens.numpy())
-    rows = load_evaluation_data(str(folder / "tokens.npy"), None, vocab_size=160, num_samples=8)
-    scores = evaluate_model(load_model(folder / "mapped"), rows, baseline=load_model(source))
-    write_report(read_report(folder / "mapped"), folder / "mapped", scores)
-    write_card(folder / "mapped", repo_name="mapped")
-    for unwanted in ("training_args.bin", ".cache/state", "checkpoint-3/model.safetensors", "runs/x/events", "a.tmp"):
-        path = folder / "mapped" / unwanted
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("unwanted")
-    return folder
+    """Folders "mapped" (in shards, evaluated, with files that nobody wants) and "native" (one file) of the model."""
+    return save_results(source, tokens, tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture
@@ -83,19 +56,6 @@ def pushed(hub, client, results):
     """What the repository holds after the mapped checkpoint was pushed."""
     client.run(push(results / "mapped", "alice/half"))
     return dict(hub.repositories["alice/half"].files())
-
-
-def push(folder, repo, **options):
-    """Code that pushes a folder."""
-    return PUSH.format(folder=str(folder), repo=repo, options="".join(f", {k}={v!r}" for k, v in options.items()))
-
-
-def content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def commits(hub, repo):
-    return len(hub.repositories[repo].commits) - 1  # without the one that every repository starts with
 
 
 def test_one_commit_holds_the_whole_checkpoint(hub, pushed, results):
@@ -112,9 +72,9 @@ def test_one_commit_holds_the_whole_checkpoint(hub, pushed, results):
 
 def test_no_folder_of_the_machine_leaves_it(pushed, source, results):
     assert str(source).encode() in (results / "mapped" / "compression_report.json").read_bytes()
-    for name, content in pushed.items():
-        assert b"secret-project" not in content, name
-        assert str(results).encode() not in content, name
+    assert b"secret-project" not in (results / "mapped" / "config.json").read_bytes()  # Trainer sends it as it is
+    for name, written in pushed.items():
+        assert b"secret-project" not in written and str(results).encode() not in written, name
     assert json.loads(pushed["compression_report.json"])["base_model"] == "./original"
     assert json.loads(pushed["config.json"])["provenance"]["base_model"] == "./original"
     assert "the local model `original`" in pushed["README.md"].decode()
@@ -250,8 +210,8 @@ def test_refusals_say_what_to_do_and_never_the_token(hub, client, results):
 
 
 def test_a_cut_connection_is_tried_again_and_a_dead_one_goes_on_later(hub, client, pushed, results):
-    shards = {name: content for name, content in pushed.items() if name.endswith(".safetensors")}
-    oids = {name: next(k for k, v in hub.large_files.items() if v == content) for name, content in shards.items()}
+    shards = {name: pushed[name] for name in pushed if name.endswith(".safetensors")}
+    oids = {name: hashlib.sha256(shard).hexdigest() for name, shard in shards.items()}
     stubborn = min(oids)
     hub.large_files.clear()
     hub.cuts.update({oids[stubborn]: 100, oids[max(oids)]: 1})
@@ -287,6 +247,20 @@ def test_a_card_that_was_changed_by_hand_goes_as_it_is(hub, client, folder):
     card.unlink()
     client.run(push(folder, "alice/edited"))
     assert b'from_pretrained("alice/edited"' in hub.repositories["alice/edited"].files()["README.md"]
+
+
+def test_the_licence_of_a_base_model_on_the_hub_is_inherited(hub, client, folder):
+    client.run(push(folder, "alice/base"))
+    card = b"---\nlicense: other\nlicense_name: mine\nlicense_link: https://example.org/mine\n---\n# Base\n"
+    hub.repositories["alice/base"].files()["README.md"] = card
+    report = read_report(folder)
+    for base, licence in (("alice/base", "mine"), ("alice/unknown", None)):
+        write_report({**report, "base_model": base}, folder)
+        write_card(folder)
+        client.run(push(folder, "alice/heir"))
+        written = ModelCard(hub.repositories["alice/heir"].files()["README.md"].decode())
+        assert written.data.base_model == base and written.data.get("license_name") == licence
+        assert ("which was not known" in written.text) == (licence is None)
 
 
 def test_a_file_with_the_token_is_not_sent(hub, client, folder):
@@ -331,7 +305,7 @@ model, tokenizer = load_model({str(results / layout)!r}), load_tokenizer({str(re
     assert report["layers"] == read_report(results / layout)["layers"]
     assert "model-00001-of" in " ".join(files) and "tokenizer.json" in files
     assert ("modeling_hf_mcsmoe.py" in files) == (layout == "mapped")
-    assert not any(b"secret-project" in content for content in files.values())
+    assert not any(b"secret-project" in written for written in files.values())
 
 
 def test_an_object_without_a_report_is_refused(hub, client, source):
@@ -361,8 +335,40 @@ trainer.push_to_hub()
     card, report = files["README.md"].decode(), json.loads(files["compression_report.json"])
     assert 'from_pretrained("alice/trained"' in card and "trained for 2 optimizer steps after the compression" in card
     assert "not evaluated" in card and "evaluation" not in report and "recipe.yaml" in files
-    assert "training_args.bin" not in files and not any(ALICE.encode() in content for content in files.values())
-    assert b"secret-project" not in files["config.json"] and "modeling_hf_mcsmoe.py" in files
+    assert "training_args.bin" not in files and not any(ALICE.encode() in written for written in files.values())
+    assert not any(b"secret-project" in written for written in files.values())
+    assert "modeling_hf_mcsmoe.py" in files
+
+
+def test_any_trainer_can_keep_the_card(hub, client, results, source, tmp_path):
+    code = f"""
+from transformers import Trainer, TrainingArguments
+from hf_mcsmoe.loading import load_model
+from hf_mcsmoe.publishing import CompressedModelCard
+class KeepsCard(CompressedModelCard, Trainer):
+    pass
+def trainer(folder, output):
+    args = TrainingArguments(output_dir=output, hub_model_id="alice/by-trainer", report_to="none", use_cpu=True)
+    return KeepsCard(load_model(folder), args)
+trainer({str(results / "native")!r}, {str(tmp_path / "compressed")!r}).push_to_hub(tags=["mine"], license="mit")
+trainer({str(source)!r}, {str(tmp_path)!r}).create_model_card()
+"""
+    client.run(code)
+    files = hub.repositories["alice/by-trainer"].files()
+    card = ModelCard(files["README.md"].decode())
+    assert 'from_pretrained("alice/by-trainer"' in card.text and "optimizer steps" not in card.text
+    assert "mine" in card.data.tags and card.data.license == "mit"
+    assert not any(b"secret-project" in written for written in files.values())
+    assert "generated_from_trainer" in (tmp_path / "README.md").read_text()  # an original model gets Trainer's
+
+
+def test_saving_can_push(hub, client, results, tmp_path):
+    code = "from hf_mcsmoe.loading import load_model\n"
+    code += f"load_model({str(results / 'mapped')!r}).save_pretrained({str(tmp_path)!r}, push_to_hub=True, "
+    client.run(f"{code}repo_id='alice/saved', private=True)")
+    repository = hub.repositories["alice/saved"]
+    assert repository.private and b'from_pretrained("alice/saved"' in repository.files()["README.md"]
+    assert commits(hub, "alice/saved") == 1
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """What may go to the Hub: whole checkpoints, valid cards, and nothing that tells about the machine."""
 
+import copy
 import json
 import re
 import shutil
+import traceback
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.local_paths import public_model, with_public_models, without_paths
 from hf_mcsmoe.publishing.checkpoint_files import check_card, checkpoint_files
+from hf_mcsmoe.publishing.hub_errors import explained
 from hf_mcsmoe.publishing.published import published
 
 
@@ -169,6 +172,21 @@ def test_secrets_of_a_training_and_a_token_stay_here(folder):
         published(checkpoint_files(folder)[0], "me/half", "hf_secret")
 
 
+def test_the_provenance_in_the_configuration_of_an_older_checkpoint_loses_its_paths(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["provenance"] = {"base_model": "/home/me/m", "calibration": {"source": "file /home/me/x.npy (sha256 ab)"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    written = json.loads(published(checkpoint_files(folder)[0], "me/half")["config.json"])
+    cut = {"base_model": "./m", "calibration": {"source": "file x.npy (sha256 ab)"}}
+    assert written == {**config, "provenance": cut}
+
+
+def test_a_model_whose_weights_are_only_on_disk_is_not_pushed(compressed):
+    model = copy.deepcopy(compressed("qwen3_moe", "mapped")).to("meta")
+    with pytest.raises(ValueError, match=r"only on disk.*push_checkpoint\(output_dir, repo_id\)"):
+        model.push_to_hub("me/half")
+
+
 def test_files_that_say_nothing_about_the_machine_go_byte_for_byte(folder):
     files, _ = checkpoint_files(folder)
     contents = published(files, "me/half")
@@ -186,3 +204,13 @@ def test_a_card_keeps_licence_relation_and_tags_that_were_chosen(folder):
     (folder / "README.md").write_text(card.replace("- expert-merging\n", "- expert-merging\n- mine\n"))
     text = published(files, "me/half")["README.md"].decode()
     assert "- mine\n" in text and 'from_pretrained("me/half"' in text
+
+
+def test_explanations_hold_neither_the_token_nor_the_request():
+    secret = "hf_" + "secret"  # no line of this file that a traceback shows may hold it
+    with pytest.raises(ConnectionError) as raised, explained("me/half", secret):
+        raise RuntimeError(f"sent Bearer {secret}")
+    assert "sent Bearer ***" in str(raised.value) and "Call it again" in str(raised.value)
+    assert secret not in "".join(traceback.format_exception(raised.value))
+    with pytest.raises(KeyError), explained("me/half", "hf_secret"):
+        raise KeyError("no matter of the Hub")

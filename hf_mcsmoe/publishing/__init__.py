@@ -3,11 +3,13 @@
 from .card import CARD_FILE, model_card, write_card
 from .hub import push_checkpoint, push_to_hub
 from .report import RECIPE_FILE, REPORT_FILE, read_report, recipe_yaml, write_report
+from .trainer_card import CompressedModelCard
 
 __all__ = [
     "CARD_FILE",
     "RECIPE_FILE",
     "REPORT_FILE",
+    "CompressedModelCard",
     "model_card",
     "push_checkpoint",
     "push_to_hub",

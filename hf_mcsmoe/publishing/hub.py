@@ -74,7 +74,7 @@ def push_checkpoint(
         # Pull requests have their own references, which must exist.
         if revision not in (None, MAIN) and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    contents = published(files, repo_id, secret)
+    contents = published(files, repo_id, secret, token)
     with explained(repo_id, secret):
         there = api.list_repo_files(repo_id, revision=revision)
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -119,7 +119,8 @@ def push_to_hub(
 
     Raises:
         TypeError: Not a model of transformers.
-        ValueError: There is no report of a compression, or an argument that `push_checkpoint` refuses.
+        ValueError: There is no report of a compression, the weights are only on disk (after streaming), or an
+            argument that `push_checkpoint` refuses.
         OSError: See `push_checkpoint`.
     """
     if not isinstance(model, PreTrainedModel):
@@ -132,6 +133,11 @@ def push_to_hub(
         raise ValueError(
             f"No report says how {type(model).__name__} was compressed. Push the model that compress_moe returned, or "
             "the folder it wrote: push_checkpoint(folder, repo_id)."
+        )
+    if not hasattr(model, "hf_device_map") and all(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "model has no weights here, only on disk: compress_moe wrote them into output_dir. "
+            "Push that folder: push_checkpoint(output_dir, repo_id)."
         )
     secret = check_destination(repo_id, options.get("create_pr", False), options.get("revision"), token)
     with explained(repo_id, secret):  # before the weights are written, which may take long

@@ -46,10 +46,10 @@ def explained(repo_id: str, token: str | None) -> Iterator[None]:
         # Errors of upload threads, and of Xet's library, are wrapped into RuntimeError.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         kind, message = _meaning(cause, repo_id, token)
-    else:
-        return
-    # Not chained: requests and their headers hang on the original.
-    raise kind(message.replace(token, "***") if token else message)
+        if token:
+            message = message.replace(token, "***")
+        # Not chained: requests and their headers hang on the original.
+        raise kind(message) from None
 
 
 def _meaning(error: BaseException, repo_id: str, token: str | None) -> tuple[type[OSError], str]:

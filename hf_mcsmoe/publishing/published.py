@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers.utils import CONFIG_NAME
 
-from ..local_paths import with_public_models, without_paths
+from ..local_paths import hub_id, with_public_models, without_paths
 from .card import CARD_FILE, LICENCE_KEYS, local_licence, model_card
+from .hub_errors import HTTP_ERROR
 from .report import REPORT_FILE, read_report
 
 RECOVERY_FILE = "recovery_report.json"
@@ -19,7 +20,9 @@ WEIGHTS = ".safetensors"
 logger = logging.getLogger(__name__)
 
 
-def published(files: Mapping[str, Path], repo_id: str, secret: str | None = None) -> dict[str, Path | bytes]:
+def published(
+    files: Mapping[str, Path], repo_id: str, secret: str | None = None, token: str | bool | None = None
+) -> dict[str, Path | bytes]:
     """The content of a repository from the files of a checkpoint, which stay as they are.
 
     Folders of this machine are cut from reports and configuration. A card that was written by this package and not
@@ -30,6 +33,7 @@ def published(files: Mapping[str, Path], repo_id: str, secret: str | None = None
         files: What `checkpoint_files` found, by name.
         repo_id: "owner/name".
         secret: A token that none of the files may hold.
+        token: With which the card of the base model is read, if it is on the Hub and its licence not known here.
 
     Returns:
         By name: the path of a file to be sent as it is, or bytes in its place.
@@ -41,7 +45,7 @@ def published(files: Mapping[str, Path], repo_id: str, secret: str | None = None
     for name, path in files.items():
         if path.suffix == ".json":
             contents[name] = _cleaned(name, path)
-    contents[CARD_FILE] = _card_for(files, repo_id)
+    contents[CARD_FILE] = _card_for(files, repo_id, token)
     for name, content in contents.items() if secret else ():
         if not name.endswith(WEIGHTS):
             text = content if isinstance(content, bytes) else content.read_bytes()
@@ -56,6 +60,17 @@ def add_tags(card: ModelCard, tags: list[str]) -> ModelCard:
     """Append tags that the card does not have; the card is changed and returned."""
     card.data.tags = [*card.data.tags, *(tag for tag in dict.fromkeys(tags) if tag not in card.data.tags)]
     return card
+
+
+def hub_licence(base_model: str | None, token: str | bool | None) -> dict[str, str] | None:
+    """What the card of a model on the Hub declares as licence; None if it cannot be read or declares nothing."""
+    if hub_id(base_model) is None:
+        return None
+    try:
+        metadata = ModelCard.load(base_model, token=token, ignore_metadata_errors=True).data.to_dict()
+    except (HTTP_ERROR, OSError, ValueError):  # no such model, no card, no access: not this upload's affair
+        return None
+    return {key: metadata[key] for key in LICENCE_KEYS if key in metadata} or None
 
 
 def _cleaned(name: str, path: Path) -> Path | bytes:
@@ -79,21 +94,23 @@ def _without_secrets(values: Any) -> Any:
     return [_without_secrets(value) for value in values] if isinstance(values, list) else values
 
 
-def _card_for(files: Mapping[str, Path], repo_id: str) -> Path | bytes:
+def _card_for(files: Mapping[str, Path], repo_id: str, token: str | bool | None) -> Path | bytes:
     report = read_report(files[REPORT_FILE])
-    options = {"has_tokenizer": "tokenizer_config.json" in files, "base_license": local_licence(report["base_model"])}
+    base = report["base_model"]
+    options: dict[str, Any] = {"has_tokenizer": "tokenizer_config.json" in files}
     path, tags = files.get(CARD_FILE), []
     if path is not None:
         written = ModelCard.load(path)
         options |= _choices(written)
         tags = written.data.tags or []
-        names = (_title(written), repo_id)
+        names = (_title(written), repo_id, None)  # None: `write_card` was not told any
         if not any(_same(add_tags(model_card(report, repo_name=name, **options), tags), written) for name in names):
             logger.warning(
                 f"{path} was changed since it was written, or is that of another version of hf_mcsmoe: it is "
                 "published as it is. Delete it to have a new one."
             )
             return path
+    options["base_license"] = options.get("base_license") or local_licence(base) or hub_licence(base, token)
     return str(add_tags(model_card(without_paths(report), repo_name=repo_id, **options), tags)).encode()
 
 

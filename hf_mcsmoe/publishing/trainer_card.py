@@ -5,12 +5,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
 
-from .card import write_card
+from ..local_paths import without_paths
+from .card import local_licence, write_card
 from .hub import report_of
 from .published import add_tags
 from .report import write_report
+
+TRAINING_ARGS = "training_args.bin"  # what Trainer calls its pickled arguments; importing it from there takes seconds
 
 
 class CompressedModelCard:
@@ -39,13 +41,13 @@ class CompressedModelCard:
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (folder / TRAINING_ARGS).unlink(missing_ok=True)
         if self.state.global_step > 0:
             values.pop("evaluation", None)
             values["warnings"] = [*values["warnings"], trained_after(self.state.global_step)]
-        write_report(values, folder)
-        licence = {"base_license": options["license"]} if options.get("license") else {}
-        card = write_card(folder, repo_name=self.hub_model_id or folder.resolve().name, **licence)
+        licence = options.get("license") or local_licence(values["base_model"])
+        write_report(without_paths(values), folder)
+        card = write_card(folder, repo_name=self.hub_model_id or folder.resolve().name, base_license=licence)
         tags = options.get("tags") or []
         if tags:
             add_tags(ModelCard.load(card), [tags] if isinstance(tags, str) else tags).save(card)
