@@ -11,7 +11,8 @@ labels too, so there is also the full model trained on for as many steps as both
 
 Each folder is one seed; results are appended to `switch.json` in the output folder model by model, and those that
 are there already are not computed again. `switch.md` is the table. The rank is the paper's proportion of the width,
-32 of 768; `mc-smoe, rank 32` is the paper's number itself.
+32 of 768; `mc-smoe, rank 32` is the paper's number itself. The layer that is left alone is a twelfth of the sparse
+layers there and a sixth here; `all layers` merges it too.
 """
 
 import argparse
@@ -35,13 +36,19 @@ KEEP_ROWS = 0.1
 MEASURED_NAMES = 64  # in the batch of FLOPs and speed; the paper takes 64 inputs too
 TRAINED_ON = "full, trained on"
 MAIN = ("full", TRAINED_ON, "pruned by usage", "m-smoe", "mc-smoe")
-MERGED = {
-    "m-smoe": recipe_of("m-smoe"),
-    "pruned by usage": recipe_of("frequency"),
-    "no alignment": recipe_of("m-smoe", alignment=None),
-    "uniform budget": recipe_of("m-smoe", allocation="uniform"),
-    "plain average": recipe_of("m-smoe", merging="average"),
-    "no distillation": recipe_of("m-smoe"),
+MERGED: dict[str, dict[str, Any]] = {
+    "m-smoe": {"preset": "m-smoe"},
+    "pruned by usage": {"preset": "frequency"},
+    "no alignment": {"preset": "m-smoe", "alignment": None},
+    "uniform budget": {"preset": "m-smoe", "allocation": "uniform"},
+    "plain average": {"preset": "m-smoe", "merging": "average"},
+    "no distillation": {"preset": "m-smoe"},
+    "m-smoe, all layers": {"preset": "m-smoe", "exclude_layers": []},
+}
+DECOMPOSED = {  # the merged model that it starts from, and the rank, None for the proportional one
+    "mc-smoe": ("m-smoe", None),
+    "mc-smoe, rank 32": ("m-smoe", PAPER_RANK),
+    "mc-smoe, all layers": ("m-smoe, all layers", None),
 }
 
 
@@ -59,7 +66,7 @@ class Experiment:
         self.batch = batch[len(batch) // 2]  # names of middling length
         self.calibration = calibration_data(self.full, self.rows["train"], self.seed)
         self.how = Recovery(options.steps, options.learning_rate, seed=self.seed)
-        self.m_smoe: PreTrainedModel | None = None
+        self.merged: dict[str, PreTrainedModel] = {}
 
     def result(self, name: str) -> dict[str, Any]:
         """Build, recover and measure one model by its name."""
@@ -71,15 +78,16 @@ class Experiment:
             steps = self.options.steps + self.options.decomposed_steps
             found |= self.recover(model, replace(self.how, steps=steps, distillation_weight=0.0))
         elif name in MERGED:
-            model = merged(self.full, self.calibration, MERGED[name])
+            model = merged(self.full, self.calibration, recipe_of(num_experts=self.options.experts, **MERGED[name]))
             how = replace(self.how, distillation_weight=0.0) if name == "no distillation" else self.how
             found |= self.recover(model, how)
-            self.m_smoe = model if name == "m-smoe" else self.m_smoe
+            self.merged[name] = model
         else:
-            if self.m_smoe is None:
-                self.result("m-smoe")
-            rank = PAPER_RANK if name.endswith("rank 32") else proportional_rank(self.full.config.d_model)
-            model = decomposed(self.m_smoe, rank)
+            start, rank = DECOMPOSED[name]
+            if start not in self.merged:
+                self.result(start)
+            rank = rank or proportional_rank(self.full.config.d_model)
+            model = decomposed(self.merged[start], rank)
             found |= {
                 "rank": rank,
                 **self.recover(model, replace(self.how, steps=self.options.decomposed_steps), True),
@@ -125,7 +133,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="full models, one a seed")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", help="default: all of them")
+    parser.add_argument("--models", nargs="+", choices=[*dict.fromkeys((*MAIN, *MERGED, *DECOMPOSED))])
+    parser.add_argument("--experts", type=int, default=8, help="of 32, on average of the layers that are merged")
     parser.add_argument("--steps", type=int, default=100, help="of each recovery of a merged model")
     parser.add_argument("--decomposed-steps", type=int, default=200, help="of the recovery after the decomposition")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -138,7 +147,8 @@ def write(results: list[dict[str, Any]], output: Path) -> None:
     unfinished = output / "switch.json.tmp"
     unfinished.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     shutil.move(unfinished, output / "switch.json")
-    main = [result for result in results if result["model"] in MAIN or result["model"].startswith("mc-smoe")]
+    order = [*MAIN, "mc-smoe, rank 32", "m-smoe, all layers", "mc-smoe, all layers"]
+    main = [result for name in order for result in results if result["model"] == name]
     ablations = [result for result in results if result not in main]
     parts = [results_table(main), "", "Ablations of m-smoe:", "", results_table(ablations)] if ablations else []
     (output / "switch.md").write_text("\n".join(parts or [results_table(main)]) + "\n", encoding="utf-8")
@@ -148,7 +158,7 @@ def main() -> None:
     options = arguments()
     stored = options.output / "switch.json"
     results = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
-    names = options.models or [*dict.fromkeys((*MAIN, *MERGED)), "mc-smoe, rank 32"]
+    names = options.models or [*dict.fromkeys((*MAIN, *MERGED, *DECOMPOSED))]
     for folder in options.folders:
         experiment = Experiment(folder, options)
         for name in names:
@@ -158,6 +168,7 @@ def main() -> None:
             results.append(experiment.result(name))
             write(results, options.output)
             print({key: results[-1][key] for key in ("model", "seed", "accuracy", "loss", "parameters")}, flush=True)
+    write(results, options.output)
     print(results_table(results))
     for model in ("m-smoe", "mc-smoe"):
         if any(result["model"] == model for result in results) and any(r["model"] == "full" for r in results):

@@ -21,10 +21,11 @@ from .dequantize import dequantizing_config, forget_unpacking, method_name, refu
 from .executors.in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, collect, reached
 from .families import find_layers, reading_part, tied_layers
 from .layer_compression import compress_layer, follow
-from .layouts import budget_of_layer, check_layout, native_target, plan, resolve_layers
+from .layouts import budget_of_layer, check_layout, native_target, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .modeling.offload import fetched
 from .outcome import conclude, count
+from .planning import plan
 from .recipe import PRESETS, Recipe
 from .recipe_reading import recipe_from_preset, recipe_from_yaml
 from .saliency import SALIENCY

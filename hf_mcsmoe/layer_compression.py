@@ -65,7 +65,8 @@ def compress_layer(
         if recipe.matching is not None:
             fitted = match_layer(layer, recipe, collected, tokens, fitted)
     install(layer, recipe, merged, tokens, fitted, layout)
-    after = routed_output(layer, collected.held_out, reroute=merged.routing.rows is not None)
+    reroute = merged.routing.rows is not None or trains_router(layer, recipe)
+    after = routed_output(layer, collected.held_out, reroute=reroute)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
     gone = num_experts * layer.intermediate_size - sum(widths)
     report = LayerReport(
@@ -156,10 +157,10 @@ def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:
 def match_layer(
     layer: MoeLayer, recipe: Recipe, collected: Collected, tokens: LayerTokens, fitted: FittedExperts
 ) -> FittedExperts:
-    """Train the experts, and the router in place, then refit under its new gates."""
+    """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now."""
     how = {"seed": recipe.seed, **recipe.matching_options}
     router = others = None
-    if can_train_router(layer) and how.get("router", True):
+    if trains_router(layer, recipe):
         router = TrainableRouter(layer, collected.calibration, tokens.assignment)
         others = router.beside(collected.held_out)
     seen, held_out = MatchingTokens(tokens.calibration, router), MatchingTokens(tokens.held_out, others)
@@ -170,6 +171,14 @@ def match_layer(
     if recipe.refit is None:
         return fitted
     return refit_down(experts, tokens.activation, recipe, seen.batches(), held_out.batches())
+
+
+def trains_router(layer: MoeLayer, recipe: Recipe) -> bool:
+    """Whether output matching changes the router of a layer."""
+    if recipe.matching is None:
+        return False
+    wanted = (MATCHING.options(recipe.matching) | recipe.matching_options).get("router", False)
+    return wanted and can_train_router(layer)
 
 
 def install(

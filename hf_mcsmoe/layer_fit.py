@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from .refit import REFIT
 from .refit_by_passes import refit_by_passes
 from .selection import SELECTION
 from .types import MoeLayer
+from .unreached_experts import with_unreached
+
+LEAST_SHARE = 1 / 8  # of an equal share of the neurons: what an expert keeps whatever calibration says of it
 
 MOST_JOINT_NEURONS = 8192  # of a layer: its joint Gram matrix takes 0.5 GB, its factorization as much again
 
@@ -89,7 +93,7 @@ def fit_experts(
         held_out: The same for other tokens; may be empty.
     """
     if recipe.selection is not None and num_neurons < experts.num_neurons:
-        grams = sum_expert_grams(experts, activation, tokens)
+        grams = with_unreached(sum_expert_grams(experts, activation, tokens), experts, activation, tokens)
         saliency = SELECTION[recipe.selection](experts, grams, **recipe.selection_options)
         is_uniform = recipe.layout == "native"
         budget = num_neurons // experts.num_experts if is_uniform else num_neurons
@@ -107,15 +111,20 @@ def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uni
         saliency: (P,).
         offsets: Where experts start, M + 1 numbers.
         budget: Neurons that stay, of all experts together; with `is_uniform` of each expert.
-        is_uniform: Every expert keeps the same number.
+        is_uniform: Every expert keeps the same number. Otherwise each keeps at least `LEAST_SHARE` of what it would
+            have if all kept the same, rounded down: calibration data is never all that a model is used for.
     """
-    if not is_uniform:
-        return saliency.argsort(descending=True, stable=True)[:budget].sort().values
+    least = budget if is_uniform else math.floor(LEAST_SHARE * budget / (len(offsets) - 1))
     kept = [
-        start + saliency[start:end].argsort(descending=True, stable=True)[:budget].sort().values
+        start + saliency[start:end].argsort(descending=True, stable=True)[:least]
         for start, end in itertools.pairwise(offsets)
     ]
-    return torch.cat(kept)
+    kept = torch.cat(kept)
+    if not is_uniform:
+        is_left = torch.ones_like(saliency, dtype=torch.bool).index_fill(0, kept, False)
+        ranked = saliency.argsort(descending=True, stable=True)
+        kept = torch.cat([kept, ranked[is_left[ranked]][: budget - kept.numel()]])
+    return kept.sort().values
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ OBS = (
     "Neurons go by the Optimal Brain Surgeon, applied to the gated features of each expert on calibration tokens; "
     "then one ridge regression fits all down projections of a layer to its original output."
 )
-MATCHED = "After that a few hundred steps of Adam on each layer alone, its router included, and the regression again."
+MATCHED = "After that a few hundred steps of Adam on the experts of each layer alone, and the regression again."
 
 PRESETS: dict[str, Preset] = {
     "auto": Preset(
@@ -49,6 +49,17 @@ PRESETS: dict[str, Preset] = {
         url="https://arxiv.org/abs/2310.01334",
         notes="Aligns members to their group's dominant expert, not to expert 0: one assignment each, never worse.",
         recipe={},
+    ),
+    "mc-smoe": Preset(
+        paper="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (Li et al., 2024)",
+        url="https://arxiv.org/abs/2310.01334",
+        notes=(
+            "m-smoe, then every matrix of the merged experts as factors of rank 32 plus a tenth of the rows of what "
+            "they miss. The paper prunes the rows while it trains a model that was recovered before; here they are "
+            "pruned at once by their norm, which is a start for such a training and loses much without one. "
+            "decomposition='whitened_low_rank_sparse' loses less: it minimises the error of the outputs."
+        ),
+        recipe={"decomposition": "low_rank_sparse", "decomposition_options": {"rank": 32, "keep_rows": 0.1}},
     ),
     "frequency": Preset(
         paper="Usage-frequency pruning, the baseline of Li et al., 2024",

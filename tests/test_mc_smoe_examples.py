@@ -104,9 +104,10 @@ def test_tables_hold_mean_and_spread():
         {"model": "full", "seed": 1, "accuracy": 0.7, "loss": 1.0, **costs},
         {"model": "small", "seed": 1, "accuracy": 0.6, "loss": 1.5, **costs, "parameters": 25},
     ]
-    lines = results_table(results, ("accuracy", "loss", "parameters")).splitlines()
-    assert lines[2] == "| full | 2 | 60.0 ± 14.1 | 1.000 | 100 |"
-    assert lines[3] == "| small | 1 | 60.0 | 1.500 | 25 |"
+    results[2] |= {"tokens_per_second": 30.0, "full_tokens_per_second": 20.0}
+    lines = results_table(results, ("accuracy", "loss", "parameters", "speed")).splitlines()
+    assert lines[2] == "| full | 2 | 60.0 ± 14.1 | 1.000 | 100 |  |"
+    assert lines[3] == "| small | 1 | 60.0 | 1.500 | 25 | 1.50 |"
     saved = savings(results, "small")
     assert saved == pytest.approx({"parameters_saved": 0.75, "bytes_saved": 0, "flops_saved": 0, "accuracy_lost": 0.1})
 

@@ -194,6 +194,36 @@ def test_what_cannot_be_done_is_refused():
         lora_config(tiny_model("qwen3_moe"), attention=False, experts=False)
     with pytest.raises(ValueError, match=r"lora_dropout is 0\.1, but PEFT cannot"):
         lora_config(tiny_model("qwen3_moe"), lora_dropout=0.1)
+    with pytest.raises(ValueError, match=r"transformer\.blocks\.0\.ffn\.experts' are flat matrices"):
+        lora_config(tiny("dbrx"))
+    assert lora_config(tiny("dbrx"), experts=False).target_parameters is None
+
+
+def test_router_logits_are_still_recorded(compress, prompt):
+    model = compress("qwen3_moe", num_experts=3)
+    expected = model(**inputs_of(prompt), output_router_logits=True)
+    peft_model = get_peft_model(model, lora_config(model))
+    outputs = peft_model(**inputs_of(prompt), output_router_logits=True)
+    assert len(outputs.router_logits) == 3 and outputs.aux_loss == expected.aux_loss
+    assert all(torch.equal(*pair) for pair in zip(outputs.router_logits, expected.router_logits, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_checkpointing_changes_no_gradient(compress, prompt, form):
+    model = compress("qwen3_moe", num_experts=3)
+    FORMS[form](model)
+    peft_model = adapted(model, prompt)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            peft_model.gradient_checkpointing_enable()
+            peft_model.enable_input_require_grads()
+        peft_model(**inputs_of(prompt), use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in peft_model.named_parameters() if p.requires_grad})
+        peft_model.zero_grad()
+    assert all(gradient is not None and gradient.any() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 def test_one_expert_a_layer(compress, prompt):

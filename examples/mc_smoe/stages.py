@@ -107,5 +107,5 @@ def recover(
 
 
 def recipe_of(preset: str, **changes: Any) -> Recipe:
-    """A preset as the paper runs it: 8 experts a layer on average, the first MoE layer left as it is."""
-    return recipe_from_preset(preset, **{"num_experts": 8, "exclude_layers": [0], **changes})
+    """A preset as the paper runs it, with some fields changed: the first MoE layer is left as it is."""
+    return recipe_from_preset(preset, **{"exclude_layers": [0], **changes})

@@ -12,6 +12,7 @@ COLUMNS = {
     "bytes": ("bytes on disk", 1.0, 0),
     "flops": ("MFLOPs a name", 1e-6, 2),
     "tokens_per_second": ("tokens/s", 1.0, 0),
+    "speed": ("speed / full's", 1.0, 2),
 }
 
 
@@ -23,10 +24,16 @@ def mean_and_spread(values: list[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
+def with_speed(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with its speed as a multiple of that of the full model, which was measured in turns with it."""
+    full = result.get("full_tokens_per_second")
+    return result if full is None else {**result, "speed": result["tokens_per_second"] / full}
+
+
 def cell(results: list[dict[str, Any]], column: str) -> str:
     """One column of one model over its seeds; "" where it was not measured."""
     _, factor, digits = COLUMNS[column]
-    values = [result[column] * factor for result in results if result.get(column) is not None]
+    values = [result[column] * factor for result in map(with_speed, results) if result.get(column) is not None]
     return mean_and_spread(values, digits) if values else ""
 
 

@@ -9,7 +9,7 @@ from . import options
 from .tables import before_after, human, human_bytes, print_table
 
 if TYPE_CHECKING:
-    from ..layouts import ModelPlan
+    from ..planning import ModelPlan
     from ..types import CompressionReport, Trial
 
 
@@ -47,7 +47,7 @@ def compress_command(
     factors = {"rank": rank, "keep_rows": keep_rows}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, seed=seed, **budget, **factors)
     from ..compress import compress_moe
-    from ..layouts import plan
+    from ..planning import plan
 
     show_plan(plan(model, recipe, trust_remote_code=trust_remote_code))
     result = compress_moe(

@@ -25,8 +25,8 @@ def match_by_adam(
     seed: int,
     steps: int = 200,
     tokens_per_step: int = 2048,
-    learning_rate: float = 0.02,
-    router: bool = True,
+    learning_rate: float = 0.05,
+    router: bool = False,
 ) -> PackedExperts:
     """Minimise |y - layer(x)|^2 over the tokens, relative to the mean |y|^2.
 
@@ -43,7 +43,8 @@ def match_by_adam(
         steps: Optimiser steps.
         tokens_per_step: Tokens of each step, drawn without replacement until all were seen.
         learning_rate: Relative to the size of each matrix.
-        router: Train the router's matrices as well.
+        router: Train the router's matrices as well. That did not help where it was tried: the choices of the original
+            router are what the experts are made for.
 
     Returns:
         Experts of the same widths. Memory: 4 times the experts, and the activations of `tokens_per_step` tokens.

@@ -210,6 +210,12 @@ def _recovery(recovery: Mapping[str, Any] | None) -> dict[str, Any] | None:
         f"{count(data['tokens'])} tokens; {count(data['held_out_rows'])} rows held out; SHA-256 `{data['sha256']}`.",
         "The output errors of the layers above were measured before the training.",
     ]
+    pruned = recovery.get("row_pruning")
+    if pruned:
+        lines.append(
+            f"The experts' matrices are factors of rank {pruned['rank']} plus {count(pruned['kept_rows'])} of "
+            f"{count(pruned['rows'])} rows, chosen by their importance for the loss while they were trained."
+        )
     return {"rows": rows, "lines": lines}
 
 

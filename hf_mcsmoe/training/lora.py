@@ -33,7 +33,7 @@ def lora_config(
     experts. Experts that are linear layers (Switch Transformers) are `target_modules`; those that are parameters are
     `target_parameters`, where PEFT gives each expert of a 3-D parameter a pair of rank `r` of its own. Decomposed
     experts get it on their left and right factors, their kept rows stay as they are; all neurons of ragged experts
-    together, and of DBRX, are one matrix with one pair of rank `r` in all. Routers are small and trained whole: they
+    together are one matrix with one pair of rank `r` in all. Routers are small and trained whole: they
     are `modules_to_save`, with all N rows, whatever M is. The expert map is a buffer that no adapter touches. Works
     before and after compression, on mapped and on native models.
 
@@ -51,14 +51,20 @@ def lora_config(
         A configuration for `peft.get_peft_model`. Names are endings of paths that fit nothing else.
 
     Raises:
-        ValueError: The model has no MoE layer, LoRA would adapt nothing, or LoRA dropout is wanted for experts that
-            are parameters, which PEFT cannot give.
+        ValueError: The model has no MoE layer, LoRA would adapt nothing, experts are flat matrices (DBRX), or LoRA
+            dropout is wanted for experts that are parameters; both PEFT cannot do.
     """
     places = find_places(model)
     if not places:
         raise ValueError(
             f"{type(model).__name__} has no MoE layer that hf_mcsmoe knows, so there is nothing to find. "
             "Use peft.LoraConfig with names of your own."
+        )
+    flat = [place.experts_name for place in places if not place.linear and not place.tensors]
+    if experts and flat:
+        raise ValueError(
+            f"The experts of {flat[0]!r} are flat matrices that are read from outside of their module, where PEFT "
+            "cannot adapt them. Use experts=False."
         )
     modules = attention_modules(model, places) if attention else set()
     modules |= {name for place in places for name in place.linear} if experts else set()
@@ -93,6 +99,7 @@ def lora_config(
 class AdapterPlaces:
     """Where the adapters of one MoE layer go, as paths in the model."""
 
+    experts_name: str
     block_name: str
     router_name: str
     linear: tuple[str, ...]  # experts that are linear layers
@@ -108,14 +115,14 @@ def find_places(model: nn.Module) -> list[AdapterPlaces]:
         tensors = tuple(
             path
             for path, p in paths.items()
-            if p.dim() > 1 and not path.endswith(NOT_ADAPTED) and path.rpartition(".")[0] not in linear
+            if p.dim() > 2 and path.rpartition(".")[0] not in linear  # biases of all experts stacked are (M, ...)
         )
-        places.append(AdapterPlaces(layer.block_name, layer.router_name, linear, tensors))
+        places.append(AdapterPlaces(layer.name, layer.block_name, layer.router_name, linear, tensors))
     for name, experts in form_layers(model).items():
         matrices = {tensor for tensor, p in experts.named_parameters(recurse=False) if p.dim() > 1}
         tensors = tuple(f"{name}.{tensor}" for tensor in sorted(matrices) if not tensor.endswith(NOT_ADAPTED))
         layer = experts.dense_layer
-        places.append(AdapterPlaces(layer.block_name, layer.router_name, (), tensors))
+        places.append(AdapterPlaces(name, layer.block_name, layer.router_name, (), tensors))
     return places
 
 
