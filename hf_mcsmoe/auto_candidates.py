@@ -37,7 +37,8 @@ class Candidate:
 def candidates(request: Recipe, check: Callable[[Recipe], None]) -> list[Candidate]:
     """What "auto" tries for a request, in this order, with the reasons against those that the model cannot have.
 
-    All have the request's budget `keep`, up to rounding: to neurons of a layer or whole experts. In the native layout
+    All have the request's budget `keep`, up to rounding: to neurons of a layer, widths of the native layout, or whole
+    experts. That decides nothing but in tiny models. In the native layout
     one candidate drops a quarter of the experts first and narrows the others; it exists where `keep` is less.
 
     Args:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .allocation import ALLOCATION
-from .auto import check_auto, choose_recipe, in_memory_executor, record_choice
+from .auto import check_auto, choose_recipe, executor_for, record_choice
 from .auto_candidates import AUTO
 from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
@@ -93,10 +93,9 @@ def compress_moe(
 
     start = time.perf_counter()
     recipe = as_recipe(config)
-    executor = in_memory_executor(executor) if recipe.preset == AUTO else executor
     path = model if isinstance(model, str | Path) else None
     unpacking = None
-    streams = streaming.choose_executor(executor, path, output_dir, device_map)
+    streams = streaming.choose_executor(executor_for(recipe, executor), path, output_dir, device_map)
     output = check_output_folder(output_dir, overwrite or (streams and streaming.is_published(output_dir)))
     if path is not None:
         config_of_path = read_config(path, trust_remote_code=trust_remote_code)
@@ -130,7 +129,6 @@ def compress_moe(
     if path is not None:
         how = {"quantization_config": unpacking} if unpacking is not None else {}
         model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **how)
-    compress_loaded = compress_by_choice if recipe.preset == AUTO else compress_in_memory
     report = compress_loaded(model, recipe, data, progress=progress, start=start)
     if unpacking is not None:
         note_unpacking(model, unpacking, report)
@@ -185,10 +183,12 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
         check_layout(find_layers(model), recipe, model=model)
 
 
-def compress_by_choice(
+def compress_loaded(
     model: PreTrainedModel, request: Recipe, data: Calibration, *, progress: bool, start: float
 ) -> CompressionReport:
-    """Compress with the best of the recipes of "auto". `model` was checked; it is changed in place at the end."""
+    """Compress in memory as asked, or for "auto" with the best of its recipes. `model` was checked."""
+    if request.preset != AUTO:
+        return compress_in_memory(model, request, data, progress=progress, start=start)
 
     def compress(copied: PreTrainedModel, candidate: Recipe) -> None:
         compress_in_memory(copied, candidate, data, progress=False, start=start)

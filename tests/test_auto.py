@@ -278,13 +278,9 @@ def test_the_report_and_the_configuration_say_what_was_tried(mapped):
     assert any(line.startswith(f"* {best.label}: KL {best.kl:.5f}") for line in table)
 
 
-def num_neurons(recipe):
-    return recipe.neurons_per_layer(8, 40, recipe.experts_per_layer(8))
-
-
 @pytest.mark.parametrize("layout", ["mapped", "native"])
 def test_a_plan_is_that_of_the_first_candidate_and_of_what_comes_out(layout):
-    model = tiny_model("mixtral")
+    model = tiny_model("mixtral", intermediate_size=96)
     planned = plan(model, request(keep=0.5, layout=layout).to_recipe())
     assert planned == plan(model, recipe_from_preset(CANDIDATES[layout][0][0], keep=0.5, layout=layout))
     layers = find_layers(model)
@@ -293,11 +289,8 @@ def test_a_plan_is_that_of_the_first_candidate_and_of_what_comes_out(layout):
         check_layout(layers, recipe, model=model)
 
     found = candidates(recipe_from_preset("auto", keep=0.5, layout=layout), check)
-    first = num_neurons(found[0].recipe)
-    for one in found:  # one budget, up to the rounding of widths
-        size = plan(model, one.recipe).expert_parameters_after
-        assert size == planned.expert_parameters_after * num_neurons(one.recipe) / first
-        assert abs(num_neurons(one.recipe) - 160) <= 8 * 4
+    for one in found:  # half of 8 * 96 neurons: 8 * 48, or 6 * 64, or 4 * 96
+        assert plan(model, one.recipe).expert_parameters_after == planned.expert_parameters_after
     recipe = Recipe(keep=0.25)
     assert recipe_to_plan(recipe, check) is recipe
 
