@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .allocation import ALLOCATION
+from .auto import check_auto, choose_recipe, in_memory_executor, record_choice
+from .auto_candidates import AUTO
 from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
@@ -19,10 +21,11 @@ from .dequantize import dequantizing_config, forget_unpacking, method_name, refu
 from .executors.in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, collect, reached
 from .families import find_layers, reading_part, tied_layers
 from .layer_compression import compress_layer, follow
-from .layouts import budget_of_layer, check_layout, native_target, plan, resolve_layers
+from .layouts import budget_of_layer, check_layout, native_target, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .modeling.offload import fetched
 from .outcome import conclude, count
+from .planning import plan
 from .recipe import PRESETS, Recipe
 from .recipe_reading import recipe_from_preset, recipe_from_yaml
 from .saliency import SALIENCY
@@ -54,7 +57,8 @@ def compress_moe(
 
     Args:
         model: A model in any device map that Accelerate makes, or a folder or Hub id to load.
-        config: A request, a preset ("m-smoe", ...), a `Recipe`, or the path of a YAML recipe.
+        config: A request, a preset ("m-smoe", ...), a `Recipe`, or the path of a YAML recipe. "auto" tries several
+            recipes on copies of the model in memory and takes the best, see `auto.choose_recipe`.
         calibration: Whatever `load_calibration` takes: texts, a dataset, a file, token ids, a DataLoader. None
             takes a text that ships with the package, with a warning: good for a first look only.
         tokenizer: Needed for text; loaded from `model` where that is a path.
@@ -89,6 +93,7 @@ def compress_moe(
 
     start = time.perf_counter()
     recipe = as_recipe(config)
+    executor = in_memory_executor(executor) if recipe.preset == AUTO else executor
     path = model if isinstance(model, str | Path) else None
     unpacking = None
     streams = streaming.choose_executor(executor, path, output_dir, device_map)
@@ -125,15 +130,21 @@ def compress_moe(
     if path is not None:
         how = {"quantization_config": unpacking} if unpacking is not None else {}
         model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **how)
-    report = compress_in_memory(model, recipe, data, progress=progress, start=start)
+    compress_loaded = compress_by_choice if recipe.preset == AUTO else compress_in_memory
+    report = compress_loaded(model, recipe, data, progress=progress, start=start)
     if unpacking is not None:
-        forget_unpacking(model)
-        notice = f"The checkpoint was quantized ({method_name(unpacking)}); the result is in {model.dtype}."
-        logger.warning(notice)
-        report.warnings.append(notice)
+        note_unpacking(model, unpacking, report)
     if output is not None:
         save_checkpoint(model, report, output, tokenizer=tokenizer, overwrite=overwrite)
     return model
+
+
+def note_unpacking(model: PreTrainedModel, unpacking: Any, report: CompressionReport) -> None:
+    """Say that a quantized checkpoint was unpacked, and let the model forget how."""
+    forget_unpacking(model)
+    notice = f"The checkpoint was quantized ({method_name(unpacking)}); the result is in {model.dtype}."
+    logger.warning(notice)
+    report.warnings.append(notice)
 
 
 def as_recipe(config: MergedSparseMoeConfig | Recipe | str | Path) -> Recipe:
@@ -168,7 +179,24 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
             f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
             "Merge adapters first (merge_and_unload) if it is a PEFT model."
         )
-    check_layout(find_layers(model), recipe, model=model)
+    if recipe.preset == AUTO:
+        check_auto(model, recipe)
+    else:
+        check_layout(find_layers(model), recipe, model=model)
+
+
+def compress_by_choice(
+    model: PreTrainedModel, request: Recipe, data: Calibration, *, progress: bool, start: float
+) -> CompressionReport:
+    """Compress with the best of the recipes of "auto". `model` was checked; it is changed in place at the end."""
+
+    def compress(copied: PreTrainedModel, candidate: Recipe) -> None:
+        compress_in_memory(copied, candidate, data, progress=False, start=start)
+
+    recipe, trials = choose_recipe(model, request, data, compress, progress=progress)
+    compress_in_memory(model, recipe, data, progress=progress, start=start)
+    record_choice(model, recipe, trials)
+    return model.compression_report
 
 
 def compress_in_memory(

@@ -105,7 +105,7 @@ def _check_input(
     models: list[PreTrainedModel], data_by_domain: Mapping[str, Calibration], **sizes: int | None
 ) -> None:
     for model in models:
-        _check_causal(model)
+        check_causal(model)
     if not data_by_domain:
         raise ValueError("data_by_domain is empty. Use load_evaluation_data(None, tokenizer) for the shipped text.")
     for name, size in sizes.items():
@@ -113,7 +113,8 @@ def _check_input(
             raise ValueError(f"{name} is {size}, it must be at least 1. Leave it out for the default.")
 
 
-def _check_causal(model: PreTrainedModel) -> None:
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise TypeError for a model that predicts no next token."""
     kind = None
     if model.config.is_encoder_decoder:
         kind = "an encoder-decoder model"

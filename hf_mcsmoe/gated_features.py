@@ -9,7 +9,8 @@ matrices the best `down` is a least-squares problem, jointly for all experts, an
 column of the features phi.
 """
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,12 +104,10 @@ def sum_expert_grams(experts: PackedExperts, activation: Activation, batches: It
     """
     widths, device = experts.widths.tolist(), experts.up.device
     grams = [torch.zeros(width, width, dtype=sum_dtype(device), device=device) for width in widths]
-    for batch in batches:
-        for part in chunks(batch.gates.shape[0]):
-            gates = batch.gates[part].to(device)
-            found = features_of_experts(experts, activation, batch.hidden_states[part].to(device), gates)
-            for gram, (_, features) in zip(grams, found, strict=True):
-                gram += (features.T @ features).to(gram.dtype)
+    for batch in in_chunks(batches):
+        found = features_of_experts(experts, activation, batch.hidden_states.to(device), batch.gates.to(device))
+        for gram, (_, features) in zip(grams, found, strict=True):
+            gram += (features.T @ features).to(gram.dtype)
     return grams
 
 
@@ -127,17 +126,41 @@ def sum_input_grams(
     device, dtype, hidden = experts.up.device, sum_dtype(experts.up.device), experts.up.shape[1]
     inward = [torch.zeros(hidden, hidden, dtype=dtype, device=device) for _ in range(experts.num_experts)]
     outward = [torch.zeros(width, width, dtype=dtype, device=device) for width in experts.widths.tolist()]
-    for batch in batches:
-        for part in chunks(batch.gates.shape[0]):
-            hidden_states = batch.hidden_states[part].to(device)
-            is_routed = (batch.gates[part].to(device) != 0).float()
-            found = features_of_experts(experts, activation, hidden_states, is_routed)
-            for expert, (tokens, features) in enumerate(found):
-                inputs = hidden_states[tokens].float()
-                inward[expert] += (inputs.T @ inputs).to(dtype)
-                outward[expert] += (features.T @ features).to(dtype)
+    for batch in in_chunks(batches):
+        hidden_states, is_routed = batch.hidden_states.to(device), (batch.gates.to(device) != 0).float()
+        found = features_of_experts(experts, activation, hidden_states, is_routed)
+        for expert, (tokens, features) in enumerate(found):
+            inputs = hidden_states[tokens].float()
+            inward[expert] += (inputs.T @ inputs).to(dtype)
+            outward[expert] += (features.T @ features).to(dtype)
     names = ("up",) if experts.gate is None else ("gate", "up")
     return dict.fromkeys(names, inward) | {"down": outward}
+
+
+def in_chunks(batches: Iterable[RoutedTokens]) -> Iterator[RoutedTokens]:
+    """The same tokens in pieces of at most `CHUNK_TOKENS`: long batches are cut, short ones joined.
+
+    Every piece costs a product for each pair of experts, however few tokens it has.
+    """
+    waiting, num_waiting = [], 0
+    for batch in batches:
+        for part in chunks(batch.gates.shape[0]):
+            piece = RoutedTokens(batch.hidden_states[part], batch.gates[part], batch.targets[part])
+            if num_waiting + len(piece.gates) > CHUNK_TOKENS:
+                yield joined(waiting)
+                waiting, num_waiting = [], 0
+            waiting.append(piece)
+            num_waiting += len(piece.gates)
+    if waiting:
+        yield joined(waiting)
+
+
+def joined(pieces: list[RoutedTokens]) -> RoutedTokens:
+    """Pieces one after another; one alone is not copied."""
+    if len(pieces) == 1:
+        return pieces[0]
+    names = [field.name for field in dataclasses.fields(RoutedTokens)]
+    return RoutedTokens(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in names))
 
 
 def chunks(num_tokens: int) -> list[slice]:
@@ -154,23 +177,21 @@ def sum_features(experts: PackedExperts, activation: Activation, batches: Iterab
     Args:
         experts: Their inner matrices; `down` is not read, `down_bias` counts as fixed.
         activation: From `MoeFamily.activation`.
-        batches: At most `CHUNK_TOKENS` tokens of each are handled at a time.
+        batches: Of any size; about `CHUNK_TOKENS` tokens are handled at a time.
     """
     neurons, hidden = experts.up.shape
     device, dtype = experts.up.device, sum_dtype(experts.up.device)
     gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
     cross = torch.zeros(neurons, hidden, dtype=dtype, device=device)
     energy, num_tokens = torch.zeros((), dtype=dtype, device=device), 0
-    for batch in batches:
+    for batch in in_chunks(batches):
         num_tokens += batch.gates.shape[0]
-        for part in chunks(batch.gates.shape[0]):
-            gates = batch.gates[part].to(device)
-            targets = batch.targets[part].to(device).float()
-            constant = output_of_biases(experts, gates)
-            targets = targets if constant is None else targets - constant
-            energy += targets.to(dtype).square().sum()
-            found = features_of_experts(experts, activation, batch.hidden_states[part].to(device), gates)
-            add_products(found, targets, experts.offsets.tolist(), gram, cross)
+        gates, targets = batch.gates.to(device), batch.targets.to(device).float()
+        constant = output_of_biases(experts, gates)
+        targets = targets if constant is None else targets - constant
+        energy += targets.to(dtype).square().sum()
+        found = features_of_experts(experts, activation, batch.hidden_states.to(device), gates)
+        add_products(found, targets, experts.offsets.tolist(), gram, cross)
     gram = gram.triu() + gram.triu(1).T
     return FeatureSums(gram, cross, energy.item(), num_tokens)
 
@@ -197,7 +218,6 @@ def add_products(
                 gram[rows, columns] += product.to(gram.dtype)
 
 
-@torch.no_grad()
 def apply_down(experts: PackedExperts, activation: Activation, batch: RoutedTokens) -> Tensor:
     """What experts give for the tokens of a batch, (t, D) float32."""
     output = output_of_biases(experts, batch.gates)

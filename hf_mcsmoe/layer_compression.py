@@ -1,5 +1,6 @@
 """One layer through the steps of a recipe: group, align, merge, route, install, and measure what it did."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from .executors.in_memory import Collected
 from .expert_decomposition import decompose_experts
 from .expert_values import PackedExperts
 from .gated_features import Activation, RoutedTokens, sum_input_grams
-from .layer_fit import FittedExperts, fit_experts, original_output, routed_tokens
+from .layer_fit import FittedExperts, fit_experts, original_output, refit_down, routed_tokens
 from .layer_inputs import LayerInputs, relative_error, routed_output
 from .layer_merging import MergedLayer, merge_layer
+from .matching import MATCHING
+from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
 from .modeling.experts import install_mapped, install_native, replace_experts
 from .modeling.install_forms import install_low_rank_sparse, install_ragged
 from .modeling.offload import fetched
@@ -56,9 +59,14 @@ def compress_layer(
         "collapse_duplicates": worth_collapsing(recipe, share),
     }
     tokens = tokens_of_layer(layer, collected, merged) if recipe.needs_inputs else None
-    fitted = fit_layer(layer, recipe, merged, tokens) if recipe.is_fitted else None
+    fitted = None
+    if recipe.is_fitted and not is_unchanged(layer, recipe, merged):
+        fitted = fit_layer(layer, recipe, merged, tokens)
+        if recipe.matching is not None:
+            fitted = match_layer(layer, recipe, collected, tokens, fitted)
     install(layer, recipe, merged, tokens, fitted, layout)
-    after = routed_output(layer, collected.held_out, reroute=merged.routing.rows is not None)
+    reroute = merged.routing.rows is not None or trains_router(layer, recipe)
+    after = routed_output(layer, collected.held_out, reroute=reroute)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
     gone = num_experts * layer.intermediate_size - sum(widths)
     report = LayerReport(
@@ -89,6 +97,7 @@ class LayerTokens:
     """What the experts of a compressed layer see of the kept tokens, and the function between their matrices."""
 
     activation: Activation
+    assignment: Tensor  # (slots, M) float32: 1 where a slot of the router goes to an expert
     calibration: list[RoutedTokens]
     held_out: list[RoutedTokens]
 
@@ -117,7 +126,7 @@ def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer) 
         routed_tokens(layer, inputs, assignment, outputs, reroute=reroute)
         for inputs, outputs in zip(kept, targets, strict=True)
     ]
-    return LayerTokens(activation, *tokens)
+    return LayerTokens(activation, assignment, *tokens)
 
 
 def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
@@ -135,6 +144,41 @@ def fit_layer(layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: Laye
     experts = as_float32(layer.family.view(layer, merged.parameters))
     budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
     return fit_experts(experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out)
+
+
+def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:
+    """Whether all experts stay as they are, so that there is nothing to fit."""
+    num_experts = merged.groups.num_groups
+    full = num_experts * layer.intermediate_size
+    budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, num_experts)
+    return num_experts == layer.num_slots and budget == full
+
+
+def match_layer(
+    layer: MoeLayer, recipe: Recipe, collected: Collected, tokens: LayerTokens, fitted: FittedExperts
+) -> FittedExperts:
+    """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now."""
+    how = {"seed": recipe.seed, **recipe.matching_options}
+    router = others = None
+    if trains_router(layer, recipe):
+        router = TrainableRouter(layer, collected.calibration, tokens.assignment)
+        others = router.beside(collected.held_out)
+    seen, held_out = MatchingTokens(tokens.calibration, router), MatchingTokens(tokens.held_out, others)
+    experts = MATCHING[recipe.matching](fitted.experts, tokens.activation, seen, held_out, **how)
+    if router is not None:
+        router.write_back(layer.router)
+    fitted = dataclasses.replace(fitted, experts=experts)
+    if recipe.refit is None:
+        return fitted
+    return refit_down(experts, tokens.activation, recipe, seen.batches(), held_out.batches())
+
+
+def trains_router(layer: MoeLayer, recipe: Recipe) -> bool:
+    """Whether output matching changes the router of a layer."""
+    if recipe.matching is None:
+        return False
+    wanted = (MATCHING.options(recipe.matching) | recipe.matching_options).get("router", False)
+    return wanted and can_train_router(layer)
 
 
 def install(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,17 @@ from .gated_features import (
     sum_expert_grams,
     sum_features,
 )
-from .layer_inputs import LayerInputs, choice
+from .layer_inputs import LayerInputs, choice, relative_error
 from .recipe import Recipe
 from .refit import REFIT
+from .refit_by_passes import refit_by_passes
 from .selection import SELECTION
 from .types import MoeLayer
+from .unreached_experts import with_unreached
+
+LEAST_SHARE = 1 / 8  # of an equal share of the neurons: what an expert keeps whatever calibration says of it
+
+MOST_JOINT_NEURONS = 8192  # of a layer: its joint Gram matrix takes 0.5 GB, its factorization as much again
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +42,7 @@ class FittedExperts:
     is_refitted: bool  # False where the refit did not lower the held-out error: it was dropped
 
 
+@torch.no_grad()
 def original_output(experts: PackedExperts, activation: Activation, inputs: LayerInputs) -> list[Tensor]:
     """What the experts of the original layer give for the kept tokens, (t, D) float32 a batch."""
     targets = []
@@ -85,7 +93,7 @@ def fit_experts(
         held_out: The same for other tokens; may be empty.
     """
     if recipe.selection is not None and num_neurons < experts.num_neurons:
-        grams = sum_expert_grams(experts, activation, tokens)
+        grams = with_unreached(sum_expert_grams(experts, activation, tokens), experts, activation, tokens)
         saliency = SELECTION[recipe.selection](experts, grams, **recipe.selection_options)
         is_uniform = recipe.layout == "native"
         budget = num_neurons // experts.num_experts if is_uniform else num_neurons
@@ -103,17 +111,23 @@ def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uni
         saliency: (P,).
         offsets: Where experts start, M + 1 numbers.
         budget: Neurons that stay, of all experts together; with `is_uniform` of each expert.
-        is_uniform: Every expert keeps the same number.
+        is_uniform: Every expert keeps the same number. Otherwise each keeps at least `LEAST_SHARE` of what it would
+            have if all kept the same, rounded down: calibration data is never all that a model is used for.
     """
-    if not is_uniform:
-        return saliency.argsort(descending=True, stable=True)[:budget].sort().values
+    least = budget if is_uniform else math.floor(LEAST_SHARE * budget / (len(offsets) - 1))
     kept = [
-        start + saliency[start:end].argsort(descending=True, stable=True)[:budget].sort().values
+        start + saliency[start:end].argsort(descending=True, stable=True)[:least]
         for start, end in itertools.pairwise(offsets)
     ]
-    return torch.cat(kept)
+    kept = torch.cat(kept)
+    if not is_uniform:
+        is_left = torch.ones_like(saliency, dtype=torch.bool).index_fill(0, kept, False)
+        ranked = saliency.argsort(descending=True, stable=True)
+        kept = torch.cat([kept, ranked[is_left[ranked]][: budget - kept.numel()]])
+    return kept.sort().values
 
 
+@torch.no_grad()
 def refit_down(
     experts: PackedExperts,
     activation: Activation,
@@ -121,15 +135,30 @@ def refit_down(
     tokens: list[RoutedTokens],
     held_out: list[RoutedTokens],
 ) -> FittedExperts:
-    """The experts with new down projections, unless held-out tokens say that the old ones were better."""
-    sums = sum_features(experts, activation, tokens)
-    others = sum_features(experts, activation, held_out) if held_out else None
-    down = experts.down.to(sums.gram.dtype)
-    fitted = REFIT[recipe.refit](sums, others, experts.offsets.tolist(), down, **recipe.refit_options)
-    before, after = (relative(others, candidate) for candidate in (down, fitted))
+    """The experts with new down projections, unless held-out tokens say that the old ones were better.
+
+    Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`.
+    """
+    if experts.num_neurons > MOST_JOINT_NEURONS:
+        fitted = dataclasses.replace(experts, down=refit_by_passes(experts, activation, tokens).float())
+        before, after = (relative_output_error(one, activation, held_out) for one in (experts, fitted))
+    else:
+        sums = sum_features(experts, activation, tokens)
+        others = sum_features(experts, activation, held_out) if held_out else None
+        down = experts.down.to(sums.gram.dtype)
+        best = REFIT[recipe.refit](sums, others, experts.offsets.tolist(), down, **recipe.refit_options)
+        fitted = dataclasses.replace(experts, down=best.float())
+        before, after = (relative(others, candidate) for candidate in (down, best))
     if before is not None and after >= before:
         return FittedExperts(experts, before, after, False)
-    return FittedExperts(dataclasses.replace(experts, down=fitted.float()), before, after, True)
+    return FittedExperts(fitted, before, after, True)
+
+
+@torch.no_grad()
+def relative_output_error(experts: PackedExperts, activation: Activation, tokens: list[RoutedTokens]) -> float | None:
+    """Squared error over energy of the targets, token by token; None without tokens or where all targets are zero."""
+    targets = [batch.targets for batch in tokens]
+    return relative_error(targets, [apply_down(experts, activation, batch) for batch in tokens])
 
 
 def relative(sums: FeatureSums | None, down: Tensor) -> float | None:

@@ -73,8 +73,14 @@ def choice(layer: MoeLayer, inputs: LayerInputs, position: int, reroute: bool) -
         return index, weights
     is_beyond = (weights == 0).all(-1, keepdim=True) & layer.family.has_capacity
     index, weights = layer.family.route(layer, *inputs.router_call(position, layer.block))
-    index, weights = ignore_passive(index, weights, layer.family.stored_experts(layer))
+    index, weights = ignore_passive(index, weights, slots_now(layer))
     return index, weights.masked_fill(is_beyond, 0)
+
+
+def slots_now(layer: MoeLayer) -> int:
+    """Slots of the router that lead to routed experts: N, or M where the router was cut."""
+    is_mapped = hasattr(layer.experts, "expert_map")
+    return layer.num_slots if is_mapped else layer.family.stored_experts(layer)
 
 
 def relative_error(before: list[Tensor], after: list[Tensor]) -> float | None:

@@ -1,6 +1,8 @@
 """W (O, I) = left (O, r) @ right (r, I) + a few rows: the budget, the best factors, and which rows they leave."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +10,41 @@ from torch import Tensor
 from .expert_values import LowRankSparse
 
 DEFAULT_RANK = 32
+
+
+def check_budget(options: Mapping[str, Any]) -> None:
+    """Refuse options of a decomposition that no matrix could have, whatever its shape.
+
+    Args:
+        options: Those that are given of `rank`, `parameter_ratio`, `keep_rows` and `alternations`; None is not given.
+
+    Raises:
+        ValueError: Both rank and ratio; a rank below 1, a number of alternations below 0, or no whole number; a ratio
+            not in (0, 1] or a share of rows not in [0, 1].
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if "rank" in given and "parameter_ratio" in given:
+        raise ValueError(
+            f"rank is {given['rank']} and parameter_ratio is {given['parameter_ratio']}; they say the same. "
+            "Give one of them."
+        )
+    for name, least in (("rank", 1), ("alternations", 0)):
+        value = given.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{name} is {value!r}, it must be a whole number >= {least}. Leave it out for the default."
+            )
+    ratio, keep_rows = given.get("parameter_ratio", 1.0), given.get("keep_rows", 1.0)
+    if not (_is_real(ratio) and 0 < ratio <= 1):
+        raise ValueError(
+            f"parameter_ratio is {ratio!r}, it must be in (0, 1]. 0.1 gives the factors a tenth of the matrix."
+        )
+    if not (_is_real(keep_rows) and 0 <= keep_rows <= 1):
+        raise ValueError(f"keep_rows is {keep_rows!r}, it must be in [0, 1]. 0.1 keeps every tenth row.")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def resolve_rank(shape: tuple[int, int], rank: int | None = None, parameter_ratio: float | None = None) -> int:
@@ -25,22 +62,14 @@ def resolve_rank(shape: tuple[int, int], rank: int | None = None, parameter_rati
     Raises:
         ValueError: Both are given, or one is out of range: 1 <= rank <= min(O, I).
     """
+    check_budget({"rank": rank, "parameter_ratio": parameter_ratio})
     outputs, inputs = shape
-    if rank is not None and parameter_ratio is not None:
-        raise ValueError(
-            f"rank is {rank} and parameter_ratio is {parameter_ratio}; they say the same. Give one of them."
-        )
     if parameter_ratio is not None:
-        if isinstance(parameter_ratio, bool) or not 0 < parameter_ratio <= 1:
-            raise ValueError(
-                f"parameter_ratio is {parameter_ratio!r}, it must be in (0, 1]. "
-                "0.1 gives the factors a tenth of the matrix."
-            )
         rank = math.ceil(parameter_ratio * outputs * inputs / (outputs + inputs))
     rank = DEFAULT_RANK if rank is None else rank
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(outputs, inputs):
+    if rank > min(outputs, inputs):
         raise ValueError(
-            f"rank is {rank!r}, it must be a whole number from 1 to {min(outputs, inputs)} for a matrix "
+            f"rank is {rank}, it must be a whole number from 1 to {min(outputs, inputs)} for a matrix "
             f"({outputs}, {inputs}). Lower the rank."
         )
     return rank
@@ -52,8 +81,7 @@ def num_kept_rows(keep_rows: float, num_rows: int) -> int:
     Raises:
         ValueError: `keep_rows` is not in [0, 1].
     """
-    if isinstance(keep_rows, bool) or not 0 <= keep_rows <= 1:
-        raise ValueError(f"keep_rows is {keep_rows!r}, it must be in [0, 1]. 0.1 keeps every tenth row.")
+    check_budget({"keep_rows": keep_rows})
     return math.floor(keep_rows * num_rows + 0.5)
 
 

@@ -10,7 +10,8 @@ from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
-from .low_rank import num_kept_rows
+from .low_rank import check_budget
+from .matching import MATCHING
 from .merging import MERGING
 from .presets import PRESETS
 from .refit import REFIT
@@ -30,9 +31,11 @@ STEPS: dict[str, Registry] = {
     "importance": SALIENCY,
     "selection": SELECTION,
     "refit": REFIT,
+    "matching": MATCHING,
     "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "decomposition")
+OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "matching", "decomposition")
+ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 NOT_STATISTICS = {"input_gram"}  # made of the tokens that a layer keeps, when it is its turn
 
 
@@ -54,7 +57,7 @@ class Recipe:
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
         saliency: Score that decides which experts lead.
         allocation: How many experts each layer keeps; None takes "global_usage" for the mapped layout
-            and "uniform" for the native one, where all layers must have the same number.
+            and "uniform" for the native one, where all layers must have the same number, and with `selection`.
         similarity: How alike experts are; None where the grouping does not ask.
         grouping: Which experts become one.
         alignment: Neuron order before merging; None leaves neurons as they are.
@@ -65,13 +68,15 @@ class Recipe:
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
             keeps all experts.
         refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
+        matching: How each layer alone is trained to give what the original one gave, after the refit; None does not.
         sequential: Fit each layer on what the compressed layers before it give, not on what the original ones gave.
             One forward for each layer.
         fit_tokens: Calibration tokens that selection and refit see, about.
         exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
             `fnmatch` on the name of the experts module (str).
         decomposition: How every matrix of the merged experts becomes W = L R + S of low rank and few rows; None
-            leaves it. Its options are `rank` or `parameter_ratio`, `keep_rows` (the share of the rows of S), ...
+            leaves it. Its options are `rank` (else 32) or `parameter_ratio`, `keep_rows` (the share of the rows of S)
+            and `alternations`.
         collapse_duplicates: In the mapped layout several slots of a token may hold one expert; compute
             it once and add the weights. "auto" does so where held-out tokens show enough duplicates.
         seed: Seeds whatever draws random numbers.
@@ -104,6 +109,8 @@ class Recipe:
     keep_experts: float | None = None
     refit: str | None = None
     refit_options: dict[str, Any] = field(default_factory=dict)
+    matching: str | None = None
+    matching_options: dict[str, Any] = field(default_factory=dict)
     sequential: bool = False
     fit_tokens: int = 65_536
     exclude_layers: tuple[int | str, ...] = ()
@@ -123,7 +130,8 @@ class Recipe:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}, allowed are {LAYOUTS}.{closest(self.layout, LAYOUTS)}")
         if self.allocation is None:
-            object.__setattr__(self, "allocation", "uniform" if self.layout == "native" else "global_usage")
+            is_uniform = self.layout == "native" or self.selection is not None
+            object.__setattr__(self, "allocation", "uniform" if is_uniform else "global_usage")
         self._check_budget()
         self._check_steps()
         self._check_combinations()
@@ -182,6 +190,11 @@ class Recipe:
                 f"allocation is {self.allocation!r}, but layout 'native' needs the same number of experts in all "
                 "layers. Use allocation='uniform' or layout='mapped'."
             )
+        if self.keep_experts is not None and self.allocation != "uniform":
+            raise ValueError(
+                f"allocation is {self.allocation!r}, but with keep_experts all layers keep the same number of "
+                "neurons, which some could not hold. Use allocation='uniform', or leave keep_experts out."
+            )
         # A pattern may name the layers of another part of the model, whose configuration has a number of its own.
         if self.layout == "native" and not all(isinstance(entry, str) for entry in self.exclude_layers):
             raise ValueError(
@@ -203,8 +216,7 @@ class Recipe:
                 f"decomposition is {self.decomposition!r} and selection is {self.selection!r}, but experts of "
                 "different widths cannot be decomposed. Leave one of them out."
             )
-        if self.decomposition is not None:
-            num_kept_rows(self.decomposition_options.get("keep_rows", 0.0), 1)  # refuses what is no share
+        check_budget(self.decomposition_options)
 
     def statistics_needed(self) -> frozenset[str]:
         """Union of the fields of `LayerStatistics` that the steps read."""
@@ -225,19 +237,21 @@ class Recipe:
         """Neurons that a layer of `num_experts` experts of `width` keeps when `num_kept` of the experts stay.
 
         `keep` is rounded half up: to whole neurons of the layer, or in the native layout to a width for each of the
-        experts, of at least 1.
+        experts. That is a multiple of 8 where `width` is one (of the largest power of 2 that divides `width`, below
+        8): grouped kernels take rows of whole 16 bytes only.
         """
         if self.selection is None:
             return num_kept * width
         share = self.keep * num_experts * width
         if self.layout == "native":
-            return num_kept * min(width, max(1, math.floor(share / num_kept + 0.5)))
+            unit = math.gcd(width, ALIGNED_NEURONS)
+            return num_kept * min(width, unit * max(1, math.floor(share / (num_kept * unit) + 0.5)))
         return min(num_kept * width, max(1, math.floor(share + 0.5)))
 
     @property
     def is_fitted(self) -> bool:
-        """Whether neurons are selected or down projections fitted."""
-        return self.selection is not None or self.refit is not None
+        """Whether neurons are selected, down projections fitted or layers trained."""
+        return not (self.selection is None and self.refit is None and self.matching is None)
 
     @property
     def needs_inputs(self) -> bool:

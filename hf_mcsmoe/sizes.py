@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from .decomposition import DECOMPOSITION
 from .low_rank import num_kept_rows, resolve_rank
 from .modeling.experts import slot_axis
+from .modeling.forms import ExpertForm, form_layers
 from .recipe import Recipe
 from .types import MoeLayer
 
@@ -51,10 +52,12 @@ def measure(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Sizes:
     In an encoder-decoder these are the parameters that one source and one target token use together.
 
     Args:
-        model: The model.
-        layers: Its MoE layers, from `find_layers`.
+        model: The model; its experts that are not dense are found here.
+        layers: Its MoE layers with dense experts, from `find_layers`.
     """
+    formed = form_layers(model).values()
     experts = {id(tensor) for layer in layers for tensor in layer.expert_parameters.values()}
+    experts |= {id(tensor) for form in formed for tensor in expert_tensors(form)}
     lookups = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     rest = Sizes(0, 0, 0, 0, 0, 0)
     for names, tensor in stored_tensors(model):
@@ -72,7 +75,23 @@ def measure(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Sizes:
         rest += sizes if is_new else Sizes(0, sizes.active_parameters, 0, 0, 0, sizes.flops_per_token)
         for rows in layer.passive_expert_rows.values() if is_new else ():
             rest += Sizes(rows.numel(), 0, 0, rows.numel() * rows.element_size(), 0, 0)
-    return rest
+    return sum((form_sizes(form) for form in formed), rest)
+
+
+def expert_tensors(form: ExpertForm) -> list[Tensor]:
+    """What experts that are not dense are stored in: parameters and the indices of kept rows."""
+    indices = [buffer for name, buffer in form.named_buffers(recurse=False) if name.endswith("_rows")]
+    return [*form.parameters(recurse=False), *indices]
+
+
+def form_sizes(form: ExpertForm) -> Sizes:
+    """What experts that are not dense add to the sizes of the model; an average one stands for those of a token."""
+    tensors, used = expert_tensors(form), min(form.dense_layer.top_k, form.num_stored)
+    total = sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
+    entries = sum(p.numel() for name, p in form.named_parameters(recurse=False) if not name.endswith("_bias"))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    flops = 2 * (used * entries // form.num_stored)
+    return Sizes(total, used * total // form.num_stored, total, size, size, flops)
 
 
 def stored_tensors(model: PreTrainedModel) -> list[tuple[set[str], Tensor]]:

@@ -229,6 +229,24 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One recipe that the preset "auto" considered, and what it did to the model; plain values, ready for JSON."""
+
+    preset: str
+    changes: dict[str, Any]  # of the preset's steps
+    kl: float | None = None  # KL(original || result), nats per held-out calibration token; None: not tried
+    loss_increase: float | None = None  # nats per held-out calibration token
+    seconds: float | None = None  # of copying, compressing and comparing
+    skipped: str | None = None  # why it was not tried
+    is_chosen: bool = False
+
+    @property
+    def label(self) -> str:
+        """The preset and its changes: "m-smoe, refit=least_squares"."""
+        return ", ".join([self.preset, *(f"{name}={value}" for name, value in self.changes.items())])
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """What one run of `compress_moe` did; written as `compression_report.json`."""
 
@@ -245,6 +263,7 @@ class CompressionReport:
     versions: dict[str, str]
     format_version: int = 1
     warnings: list[str] = field(default_factory=list)
+    tried: list[Trial] = field(default_factory=list)  # by the preset "auto"; `recipe` is the chosen one
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON."""

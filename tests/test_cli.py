@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from hf_mcsmoe.cli import app
 from hf_mcsmoe.cli.options import build_recipe
 from hf_mcsmoe.cli.tables import human, human_bytes, name_pattern, span
-from hf_mcsmoe.layouts import plan
 from hf_mcsmoe.loading import load_model
+from hf_mcsmoe.planning import plan
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 
-VERBS = ("demo", "inspect", "plan", "compress", "evaluate")
+VERBS = ("demo", "families", "inspect", "plan", "compress", "evaluate", "cache-teacher", "recover", "push")
 
 
 def run(*arguments):
@@ -174,9 +174,9 @@ def test_options_make_a_recipe():
     recipe = build_recipe(num_experts=2, exclude_layer=["0", "-1", "*.mlp.experts"], allocation="uniform")
     assert recipe.exclude_layers == (0, -1, "*.mlp.experts") and recipe.keep is None
     recipe = build_recipe(preset="frequency", rank=4)
-    assert (recipe.decomposition, recipe.rank, recipe.keep_rows) == ("low_rank_sparse", 4, 0.1)
+    assert (recipe.decomposition, recipe.decomposition_options) == ("low_rank_sparse", {"rank": 4})
     assert recipe.merging is None
-    assert build_recipe(keep_rows=0.3).rank == 32
+    assert build_recipe(keep_rows=0.3).decomposition_options == {"keep_rows": 0.3}
 
 
 def test_compress_writes_what_plan_predicted(tiny, compressed):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distillation import arguments, examples, models, trainer_of, weights_of
+from distillation import FAMILIES, arguments, examples, models, trainer_of, weights_of
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from hf_mcsmoe.modeling.forms import form_layers
 from hf_mcsmoe.training import DistillationTrainer, cache_teacher
 from hf_mcsmoe.training.recovery_data import RowCollator
 from hf_mcsmoe.training.routers import find_routers
@@ -39,6 +40,28 @@ def test_interrupted_anywhere_and_resumed_gives_equal_bits(task, tmp_path):
         assert is_equal(student, weights), step
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert [entry["step"] for entry in logged] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("task", ["causal", "seq2seq"])
+def test_experts_of_different_widths_are_recovered_and_resumed(task, original, compress, tmp_path):
+    recipe = {"similarity": None, "grouping": "drop", "alignment": None, "merging": None, "selection": "gated_obs"}
+    narrowed, teacher = compress(FAMILIES[task], keep=0.4, keep_experts=0.75, **recipe), original(FAMILIES[task])
+    widths = {int(width) for one in form_layers(narrowed).values() for width in one.offsets.diff()}
+    assert len(widths) > 1 and {one.form for one in form_layers(narrowed).values()} == {"ragged"}
+    options = {**STEPS, "save_strategy": "steps", "save_steps": 2, "hidden_state_weight": 1.0, "router_weight": 1.0}
+    whole = copy.deepcopy(narrowed)
+    trainer_of(whole, teacher, task, tmp_path / "whole", **options).train()
+    for name, parameter in whole.named_parameters():
+        is_trained = ".experts." in name and parameter.numel() > 0
+        assert not is_trained or not torch.equal(parameter, narrowed.get_parameter(name)), name
+    narrowed.save_pretrained(tmp_path / "start")
+    auto_class = AutoModelForCausalLM if task == "causal" else AutoModelForSeq2SeqLM
+    student = auto_class.from_pretrained(tmp_path / "start")
+    trainer = trainer_of(student, teacher, task, tmp_path / "resumed", **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert is_equal(student, weights_of(whole))
+    trainer.save_model(str(tmp_path / "end"))
+    assert is_equal(auto_class.from_pretrained(tmp_path / "end"), weights_of(whole))
 
 
 def test_a_saved_student_loads_in_a_new_process_state_and_goes_on(tmp_path):

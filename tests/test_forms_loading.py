@@ -20,10 +20,10 @@ from transformers import (
 
 from hf_mcsmoe import Recipe
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.layouts import plan
 from hf_mcsmoe.modeling.densify import densify, harden
 from hf_mcsmoe.modeling.forms import form_layers
 from hf_mcsmoe.modeling.merged_model import merged_class
+from hf_mcsmoe.planning import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(offloaded modules|current device_map).*:UserWarning")
 

@@ -1,15 +1,23 @@
 import pytest
 import torch
-from all_families import tiny
 
 from hf_mcsmoe.calibration import load_calibration
-from hf_mcsmoe.executors.input_grams import collect_input_grams
+from hf_mcsmoe.executors.in_memory import collect
 from hf_mcsmoe.expert_decomposition import decompose_experts
 from hf_mcsmoe.families import find_layers
+from hf_mcsmoe.input_grams import input_grams
+from hf_mcsmoe.layer_inputs import LayerInputs
 from hf_mcsmoe.training.gradient_importance import labelled
 from hf_mcsmoe.types import ExpertWeights
 
 FUSED = ["qwen3_moe", "gpt_oss", "nemotron_h"]
+
+
+def grams_of(model, layer, data):
+    """What a layer's matrices are given for all tokens, stacked: "up" (M, D, D), ..."""
+    tokens = len(data.batches) * max(batch.token_mask.numel() for batch in data.batches)  # as many of each batch
+    inputs = collect(model, [layer], data, frozenset(), calibration_tokens=tokens, progress=False)[layer.name]
+    return {name: torch.stack(of_expert) for name, of_expert in input_grams(layer, inputs.calibration).items()}
 
 
 def ragged_rows(tokens):
@@ -43,9 +51,8 @@ def test_grams_against_token_by_token(model_type, mapped, original, compressed, 
     model = compressed(model_type, "mapped") if mapped else original(model_type)
     rows = ragged_rows(tokens[:8])
     data = load_calibration(rows, batch_size=3, held_out_fraction=0)
-    layers = find_layers(model)
-    grams = collect_input_grams(model, layers, data, progress=False)
-    layer = layers[-1]
+    layer = find_layers(model)[-1]
+    mine = grams_of(model, layer, data)
     weights, activation = stacked_weights(layer), layer.family.activation(layer)
     inward = torch.zeros(weights.num_experts, layer.hidden_size, layer.hidden_size).double()
     outward = torch.zeros(weights.num_experts, weights.width, weights.width).double()
@@ -59,7 +66,6 @@ def test_grams_against_token_by_token(model_type, mapped, original, compressed, 
             inner = activation(up[None], gate)[0].double()
             inward[expert] += token.double().outer(token.double())
             outward[expert] += inner.outer(inner)
-    mine = grams[layer.name]
     assert set(mine) == ({"gate", "up", "down"} if layer.format.has_gate else {"up", "down"})
     torch.testing.assert_close(mine["up"], inward, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mine["down"], outward, rtol=1e-4, atol=1e-5)
@@ -85,7 +91,7 @@ def test_grams_give_the_output_error_of_down(original, tokens):
             model(**labelled(batch, model))
     for handle in handles:
         handle.remove()
-    mine = collect_input_grams(model, [layer], data, progress=False)[layer.name]["down"]
+    mine = grams_of(model, layer, data)["down"]
     for expert in range(8):
         inputs = torch.cat(seen[expert]) if expert in seen else torch.zeros(0, 40).double()
         torch.testing.assert_close(mine[expert], inputs.T @ inputs, rtol=1e-4, atol=1e-5)
@@ -95,7 +101,7 @@ def test_whitened_experts_lose_less_of_the_outputs(original, tokens):
     model = original("qwen3_moe")
     data = load_calibration(tokens, held_out_fraction=0)
     layer = find_layers(model)[1]
-    grams = collect_input_grams(model, [layer], data, progress=False)[layer.name]
+    grams = grams_of(model, layer, data)
     weights = stacked_weights(layer)
     options = {"rank": 4, "keep_rows": 0.1}
     errors = {}
@@ -116,15 +122,9 @@ def test_biases_are_passed_on():
     assert set(factors) == {"up", "down"} and biases == {"up": weights.up_bias}
 
 
-def test_layer_that_no_token_reached(original, tokens):
-    model = original("switch_transformers")
-    data = load_calibration(tokens, held_out_fraction=0)
-    layer = find_layers(model)[0]
-    layer.block.forward = lambda hidden_states, *_, **__: hidden_states
-    assert collect_input_grams(model, [layer], data, progress=False) == {layer.name: {}}
-
-
-def test_layers_that_cannot_be_decomposed_are_refused(tokens):
-    model = tiny("llama4")
-    with pytest.raises(ValueError, match="cannot be decomposed or have different widths"):
-        collect_input_grams(model, find_layers(model), load_calibration(tokens), progress=False)
+def test_without_tokens_grams_are_zero(original):
+    layer = find_layers(original("gpt_oss"))[0]
+    grams = input_grams(layer, LayerInputs())
+    shapes = {name: [tuple(gram.shape) for gram in of_expert] for name, of_expert in grams.items()}
+    assert shapes == {"gate": [(32, 32)] * 8, "up": [(32, 32)] * 8, "down": [(40, 40)] * 8}
+    assert not any(gram.any() for of_expert in grams.values() for gram in of_expert)

@@ -11,8 +11,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.families.fused import FusedExperts
-from hf_mcsmoe.layouts import budget_of_layer, check_layout, plan, resolve_layers
+from hf_mcsmoe.layouts import budget_of_layer, check_layout, resolve_layers
 from hf_mcsmoe.loading import empty_model
+from hf_mcsmoe.planning import plan
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.sizes import measure
 
@@ -299,7 +300,8 @@ def test_a_router_without_a_row_per_expert_cannot_be_cut(layers):
 
 def test_a_rank_that_no_matrix_has_is_refused(layers):
     options = {"decomposition": "low_rank_sparse", "decomposition_options": {"rank": 25}}
-    refused(layers, "rank is 25, but the matrices of .* are 24 x 32. Use a rank of at most 24", **options)
+    message = r"do not fit 'model.layers.0.mlp.experts': rank is 25, it must be .* 1 to 24 for a matrix \(24, 32\)"
+    refused(layers, message, **options)
 
 
 def test_limits_that_the_budget_cannot_meet_are_refused(layers):

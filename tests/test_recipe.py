@@ -6,9 +6,14 @@ import json
 
 import pytest
 import yaml
+from tiny_models import tiny_config
 
+from hf_mcsmoe.decomposition import DECOMPOSITION
+from hf_mcsmoe.families import find_layers
+from hf_mcsmoe.loading import empty_model
 from hf_mcsmoe.recipe import PRESETS, STEPS, Recipe
 from hf_mcsmoe.recipe_reading import RECIPE_FIELDS, recipe_from_dict, recipe_from_preset, recipe_from_yaml
+from hf_mcsmoe.sizes import expert_size
 
 LOW_RANK = {"decomposition": "low_rank_sparse"}
 
@@ -59,16 +64,37 @@ REFUSED = {
     "exclude a number": ({"exclude_layers": 0}, r"exclude_layers is 0, it must be a list.*Put one entry into a list"),
     "leaders alone": ({"similarity": None}, r"grouping 'dominant_experts' needs a similarity, got None"),
     "collapse": ({"collapse_duplicates": "always"}, r"collapse_duplicates is 'always', allowed are True, False and"),
-    "decomposition": ({"decomposition": "svd"}, r"Unknown decomposition 'svd'; choose one of \['low_rank_sparse'\]"),
+    "decomposition": ({"decomposition": "svd"}, r"Unknown decomposition 'svd'; choose one of \['low_rank_sparse', 'w"),
     "native factors": ({**LOW_RANK, "layout": "native"}, r"decomposition needs layout 'mapped', got 'native'"),
     "decomposition option": (
         {**LOW_RANK, "decomposition_options": {"ranks": 8}},
-        r"decomposition 'low_rank_sparse' has no option \['ranks'\]; it has rank, keep_rows",
+        r"decomposition 'low_rank_sparse' has no option 'ranks'; it has .*'keep_rows'.* Did you mean 'rank'\?",
     ),
     "rank": ({**LOW_RANK, "decomposition_options": {"rank": 0}}, r"rank is 0, it must be a whole number >= 1"),
     "rank of 8.0": ({**LOW_RANK, "decomposition_options": {"rank": 8.0}}, r"rank is 8.0, it must be a whole number"),
     "rows": ({**LOW_RANK, "decomposition_options": {"keep_rows": 1.5}}, r"keep_rows is 1.5, it must be in \[0, 1\]"),
     "rows as text": ({**LOW_RANK, "decomposition_options": {"keep_rows": "all"}}, r"keep_rows is 'all', it must be"),
+    "rank as yes": ({**LOW_RANK, "decomposition_options": {"rank": True}}, r"rank is True, it must be a whole number"),
+    "rank and ratio": (
+        {**LOW_RANK, "decomposition_options": {"rank": 4, "parameter_ratio": 0.1}},
+        r"rank is 4 and parameter_ratio is 0.1; they say the same. Give one",
+    ),
+    "ratio": (
+        {**LOW_RANK, "decomposition_options": {"parameter_ratio": 0}},
+        r"parameter_ratio is 0, it must be in \(0, 1\]",
+    ),
+    "ratio as text": (
+        {**LOW_RANK, "decomposition_options": {"parameter_ratio": "0.1"}},
+        r"parameter_ratio is '0.1', it must be in",
+    ),
+    "alternations": (
+        {**LOW_RANK, "decomposition_options": {"alternations": -1}},
+        r"alternations is -1, it must be a whole number >= 0",
+    ),
+    "rows of nan": (
+        {**LOW_RANK, "decomposition_options": {"keep_rows": float("nan")}},
+        r"keep_rows is nan, it must be in \[0, 1\]",
+    ),
     "no decomposition": ({"decomposition_options": {"rank": 8}}, r"decomposition_options is .* decomposition is None"),
 }
 
@@ -132,11 +158,18 @@ def test_statistics_are_the_union_of_what_the_steps_read():
     assert pruning.statistics_needed() == {"selection_count"}
 
 
-def test_decomposition_has_the_defaults_of_the_paper():
-    recipe = Recipe(**LOW_RANK)
-    assert (recipe.rank, recipe.keep_rows) == (32, 0.1)
-    recipe = Recipe(**LOW_RANK, decomposition_options={"rank": 8, "keep_rows": 0})
-    assert (recipe.rank, recipe.keep_rows) == (8, 0)
+@pytest.mark.parametrize("rule", ["low_rank_sparse", "whitened_low_rank_sparse"])
+def test_decomposition_has_the_defaults_of_the_paper(rule):
+    # Li et al., 2024, section 4.1: rank 32, 10 % of the rows.
+    recipe = Recipe(decomposition=rule)
+    layer = find_layers(empty_model(tiny_config("qwen3_moe", hidden_size=64, moe_intermediate_size=40)))[0]
+    rows = 2 * (4 * 64) + 6 * 40  # a tenth of 40 and of 64, rounded half up
+    assert expert_size(layer, recipe).parameters == 3 * 32 * (40 + 64) + rows
+    assert DECOMPOSITION.options(rule)["keep_rows"] == 0.1
+    recipe = Recipe(decomposition=rule, decomposition_options={"rank": 8, "keep_rows": 0})
+    assert expert_size(layer, recipe).parameters == 3 * 8 * (40 + 64)
+    assert recipe.needs_inputs == (rule == "whitened_low_rank_sparse")
+    assert "input_gram" not in recipe.statistics_needed()  # made from tokens that the layers keep, not a statistic
 
 
 # --- presets

@@ -6,7 +6,7 @@ import pytest
 
 from hf_mcsmoe import merging
 from hf_mcsmoe.merging import MERGING
-from hf_mcsmoe.recipe import STEPS, Recipe
+from hf_mcsmoe.recipe import NOT_STATISTICS, STEPS, Recipe
 from hf_mcsmoe.registry import Registry, closest, import_submodules
 from hf_mcsmoe.saliency import SALIENCY
 from hf_mcsmoe.types import LayerStatistics
@@ -99,7 +99,7 @@ def test_closest_is_silent_without_a_near_miss():
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_step_needs_statistics_that_exist(step):
-    fields = set(LayerStatistics.__dataclass_fields__) | {"weights"}
+    fields = set(LayerStatistics.__dataclass_fields__) | {"weights"} | NOT_STATISTICS
     assert list(STEPS[step]), f"no {step} is registered"
     for name in STEPS[step]:
         assert STEPS[step].needs(name) <= fields

@@ -18,14 +18,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_mcsmoe import Calibration, Recipe, load_calibration
-from hf_mcsmoe.executors.input_grams import collect_input_grams
+from hf_mcsmoe.executors.in_memory import collect
 from hf_mcsmoe.expert_decomposition import decompose_experts
 from hf_mcsmoe.families import find_layers
+from hf_mcsmoe.input_grams import input_grams
 from hf_mcsmoe.modeling.forms import form_layers
 from hf_mcsmoe.modeling.install_forms import install_low_rank_sparse
 from hf_mcsmoe.outcome import adopt_mapped
 from hf_mcsmoe.training import prune_by_gradients
 from hf_mcsmoe.training.gradient_importance import labelled
+from hf_mcsmoe.types import MoeLayer
 
 METHODS = {
     "plain": ("low_rank_sparse", {}),
@@ -37,7 +39,7 @@ METHODS = {
 }
 
 
-def decompose(model: PreTrainedModel, rule: str, options: dict, grams: dict[str, dict[str, Tensor]]) -> None:
+def decompose(model: PreTrainedModel, rule: str, options: dict, grams: dict[str, dict[str, list[Tensor]]]) -> None:
     """Decompose all experts of a model in place."""
     layouts = {}
     for layer in find_layers(model):
@@ -48,6 +50,13 @@ def decompose(model: PreTrainedModel, rule: str, options: dict, grams: dict[str,
         install_low_rank_sparse(layer, factors, biases, torch.arange(layer.num_slots), layout)
         layouts[layer.name] = layout
     adopt_mapped(model, Recipe(keep=1.0), layouts, type(model).__name__, {})
+
+
+def grams_of(model: PreTrainedModel, layers: list[MoeLayer], data: Calibration) -> dict[str, dict[str, list[Tensor]]]:
+    """Grams of what the matrices of all experts are given for all tokens."""
+    tokens = len(data.batches) * max(batch.token_mask.numel() for batch in data.batches)  # as many of each batch
+    collected = collect(model, layers, data, frozenset(), calibration_tokens=tokens, progress=False)
+    return {layer.name: input_grams(layer, collected[layer.name].calibration) for layer in layers}
 
 
 @torch.no_grad()
@@ -78,7 +87,8 @@ def output_error(model: PreTrainedModel, weights: dict[str, dict[str, Tensor]], 
         dense = experts.densify().tensors()
         for name, matrices in weights[path].items():
             lost = matrices.double() - dense[name].double()
-            energy = [((x @ grams[path][name]) * x).sum((1, 2)) for x in (lost, matrices.double())]
+            gram = torch.stack(grams[path][name])
+            energy = [((x @ gram) * x).sum((1, 2)) for x in (lost, matrices.double())]
             used = energy[1] > 0
             shares += (energy[0][used] / energy[1][used]).tolist()
     return statistics.mean(shares)
@@ -99,7 +109,7 @@ def main() -> None:
     data = load_calibration(str(assets / "calibration.jsonl"), num_samples=args.rows, batch_size=4, **how)
     unseen = load_calibration(str(assets / "evaluation.jsonl"), num_samples=48, batch_size=8, **how)
     layers = find_layers(model)
-    grams, unseen_grams = (collect_input_grams(model, layers, one, progress=False) for one in (data, unseen))
+    grams, unseen_grams = (grams_of(model, layers, one) for one in (data, unseen))
     weights = {x.name: x.family.view(x, x.family.stack(x, x.expert_parameters)).tensors() for x in layers}
     dense_bytes = expert_bytes(model)
     print(f"original: loss {loss_of(model, unseen):.3f}, experts {dense_bytes / 1e6:.2f} MB")

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from tqdm.auto import tqdm
 from typer.core import TyperGroup
 
 from .cache_teacher import cache_teacher_command
@@ -14,6 +15,7 @@ from .evaluate import evaluate_command
 from .families import families_command
 from .inspect import inspect_command
 from .plan import plan_command
+from .push import push_command
 from .recover import recover_command
 
 BAD_INPUT = 2  # exit code
@@ -32,7 +34,8 @@ class CleanErrors(TyperGroup):
             if ctx.params.get("_traceback") or isinstance(error, BrokenPipeError):
                 raise
             sys.stdout.flush()
-            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            # Not on the line of a progress bar that the error has stopped.
+            tqdm.write(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from error
 
 
@@ -73,6 +76,7 @@ app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("compress")(compress_command)
 app.command("evaluate")(evaluate_command)
+app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)
 # What it does not know itself are training arguments.
 app.command("recover", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(recover_command)

@@ -9,8 +9,8 @@ from . import options
 from .tables import before_after, human, human_bytes, print_table
 
 if TYPE_CHECKING:
-    from ..layouts import ModelPlan
-    from ..types import CompressionReport
+    from ..planning import ModelPlan
+    from ..types import CompressionReport, Trial
 
 
 def compress_command(
@@ -47,7 +47,7 @@ def compress_command(
     factors = {"rank": rank, "keep_rows": keep_rows}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, seed=seed, **budget, **factors)
     from ..compress import compress_moe
-    from ..layouts import plan
+    from ..planning import plan
 
     show_plan(plan(model, recipe, trust_remote_code=trust_remote_code))
     result = compress_moe(
@@ -93,8 +93,24 @@ def show(report: "CompressionReport") -> None:
         experts = f"{layer.num_experts_before} -> {layer.num_experts_after}"
         rows.append([layer.layer, experts, human_bytes(layer.bytes_after), error])
     print_table("Layers", ["experts module", "experts", "bytes after", "error on held-out tokens"], rows)
+    if report.tried:
+        show_trials(report.tried)
     for warning in report.warnings:
         typer.echo(f"- {warning}")
+
+
+def show_trials(trials: list["Trial"]) -> None:
+    """Print what the preset "auto" tried."""
+    rows = []
+    for trial in trials:
+        numbers = ["-"] * 3
+        if trial.skipped is None:
+            numbers = [f"{trial.kl:.4f}", f"{trial.loss_increase:+.4f}", f"{trial.seconds:.0f}"]
+        rows.append([trial.label, *numbers, "yes" if trial.is_chosen else ""])
+    print_table("Recipes tried, on held-out tokens", ["recipe", "KL", "loss increase", "seconds", "chosen"], rows)
+    for trial in trials:
+        if trial.skipped is not None:
+            typer.echo(f"- {trial.label} was skipped: {trial.skipped}")
 
 
 def show_loading(folder: Path, layout: str) -> None:

@@ -24,6 +24,9 @@ def demo_command(
     keep: Annotated[float, typer.Option("--keep", help="Share of the experts that stays, in (0, 1].")] = 0.5,
     layout: Annotated[str, typer.Option("--layout", help="mapped or native.")] = "mapped",
     overwrite: options.Overwrite = False,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", help="Upload the result to this repository, owner/name.")
+    ] = None,
 ) -> None:
     """Compress the tiny model that ships with this package, and compare it with the original. Offline, one minute.
 
@@ -36,8 +39,11 @@ def demo_command(
     from ..checkpoint import check_output_folder
     from ..compress import compress_moe
     from ..loading import load_model, load_tokenizer
+    from ..publishing.hub import check_destination
 
     check_output_folder(output, overwrite)
+    if push_to is not None:
+        check_destination(push_to)
     source = tiny_model_folder()
     # Compared in float32, which most CPUs compute faster than the bfloat16 that is stored.
     original, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
@@ -64,6 +70,8 @@ def demo_command(
     compressed = AutoModelForCausalLM.from_pretrained(output, dtype="float32")
     show_sizes(original, compressed, source, output)
     compare(original, compressed, tokenizer, source, output)
+    if push_to is not None:
+        publish(output, push_to)
     typer.echo(f"\nDone in {time.perf_counter() - start:.0f} s. Report and model card: {output / 'README.md'}")
     show_next(source, output)
 
@@ -87,6 +95,16 @@ def compare(
     step(5, f"Let both continue {PROMPT!r}, always with the most likely token:")
     for name, model in (("original", original), ("compressed", compressed)):
         typer.echo(f"   {name}: {generate_samples(model, tokenizer, [PROMPT], max_new_tokens=32)[0]!r}")
+
+
+def publish(output: Path, repo_id: str) -> None:
+    """Upload the result, and say how to load it from there."""
+    from ..publishing import push_checkpoint
+    from .push import show_commit, show_files
+
+    step(6, f"Upload everything to {repo_id} in one commit.")
+    show_files(output, repo_id)
+    show_commit(push_checkpoint(output, repo_id), create_pr=False)
 
 
 def tiny_model_folder() -> Path:

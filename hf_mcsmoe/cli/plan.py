@@ -9,7 +9,7 @@ from . import options
 from .tables import before_after, human, name_pattern, print_table
 
 if TYPE_CHECKING:
-    from ..layouts import ModelPlan
+    from ..planning import ModelPlan
 
 
 def plan_command(
@@ -33,7 +33,7 @@ def plan_command(
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
     factors = {"rank": rank, "keep_rows": keep_rows}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, **budget, **factors)
-    from ..layouts import plan
+    from ..planning import plan
 
     result = plan(model, recipe, trust_remote_code=trust_remote_code)
     if as_json:

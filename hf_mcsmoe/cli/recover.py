@@ -32,6 +32,23 @@ def recover_command(
     ] = None,
     num_samples: options.NumSamples = None,
     sequence_length: options.SequenceLength = None,
+    final_keep_rows: Annotated[
+        float | None,
+        typer.Option(
+            "--final-keep-rows",
+            help="Prune the rows of decomposed experts to this share while training (paper: 0.1); dense experts are "
+            "decomposed first, with --rank.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Of the factors, with --final-keep-rows and dense experts; else 32.")
+    ] = None,
+    initial_warmup: Annotated[
+        float, typer.Option("--initial-warmup", help="First steps, or share of all steps, in which all rows stay.")
+    ] = 0.04,
+    final_warmup: Annotated[
+        float, typer.Option("--final-warmup", help="Last steps, or share of them, in which the rows are settled.")
+    ] = 0.16,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -41,15 +58,26 @@ def recover_command(
     --num-train-epochs 2 --distillation-weight 2 --bf16. They change those of --config. Several devices: torchrun
     --nproc-per-node 2 -m hf_mcsmoe recover ...
 
+    MC-SMoE in three commands: compress --preset m-smoe, recover, and recover --final-keep-rows 0.1 of what that gave.
+
     Example: hf-mcsmoe recover qwen3-half --teacher Qwen/Qwen3-30B-A3B --data texts.jsonl --output qwen3-half-recovered
     """
     values = training_values(config, context.args)
     if teacher is not None:
         values["teacher"] = teacher
+    if final_keep_rows is None and rank is not None:
+        raise ValueError(
+            f"--rank is {rank}, but experts are decomposed for --final-keep-rows only. Give it as well, e.g. 0.1."
+        )
     from ..training.recovery import recover_checkpoint
+    from ..training.recovery_pruning import RowPruning
 
+    pruning = None
+    if final_keep_rows is not None:
+        pruning = RowPruning(final_keep_rows, rank, initial_warmup, final_warmup)
     limits = {"num_samples": num_samples, "sequence_length": sequence_length}
-    report = recover_checkpoint(folder, output, values, data=data, resume=resume, overwrite=overwrite, **limits)
+    how = {"pruning": pruning, "resume": resume, "overwrite": overwrite}
+    report = recover_checkpoint(folder, output, values, data=data, **limits, **how)
     if report is not None:
         show(report)
         show_loading(output, "mapped" if (output / "modeling_hf_mcsmoe.py").is_file() else "native")
@@ -62,3 +90,7 @@ def show(report: dict[str, Any]) -> None:
     rows = [[label, f"{before[name]:.4f}", f"{after[name]:.4f}"] for name, label in labels.items() if name in before]
     seconds = f"{report['steps']} steps, {report['seconds_of_last_run']:.0f} s"
     print_table(f"Recovered in {seconds}; held-out text", ["per token", "before", "after"], rows)
+    pruned = report.get("row_pruning")
+    if pruned is not None:
+        share = pruned["kept_rows"] / pruned["rows"]
+        typer.echo(f"Experts: factors of rank {pruned['rank']}, {pruned['kept_rows']:,} rows kept ({share:.1%})")

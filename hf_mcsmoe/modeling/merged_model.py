@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
@@ -29,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..config import MergedSparseMoeConfig
+from ..local_paths import without_paths
 from .experts import build_merged_layers
 from .offload import offloaded_state_dict
 
@@ -70,6 +72,7 @@ class MergedMoeMixin:
         layout = base_config.__dict__.pop("merged_sparse_moe")
         base_config.architectures = [layout["base_architecture"]]
         base_config._name_or_path = ""  # a path of this machine
+        layout["provenance"] = without_paths(layout["provenance"])
         config = MergedSparseMoeConfig(base_config=base_config, **layout)
         dispatcher = dispatcher_of(type(self))
         config.architectures = [dispatcher.__name__]
@@ -104,6 +107,18 @@ class MergedMoeMixin:
             (folder / f"{SHIM_NAME}.py").write_text(SHIM, encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", folder.resolve().name), token=kwargs.get("token"), **hub)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload the model with report, recipe and generated card in one commit: see `hf_mcsmoe.push_to_hub`.
+
+        Args:
+            repo_id: "owner/name", or "name" for a repository of one's own.
+            options: Those of `hf_mcsmoe.push_to_hub`, `tokenizer` among them, which are those of
+                `PreTrainedModel.push_to_hub` and more.
+        """
+        from ..publishing.hub import push_to_hub  # here, because publishing is built on models
+
+        return push_to_hub(self, repo_id, **options)
 
 
 def merged_class(native_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

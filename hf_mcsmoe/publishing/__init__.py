@@ -1,6 +1,7 @@
-"""What a compression leaves beside the weights: report, recipe and model card."""
+"""What a compression leaves beside the weights: report, recipe and model card; and all of it on the Hub."""
 
 from .card import CARD_FILE, model_card, write_card
+from .hub import push_checkpoint, push_to_hub
 from .report import RECIPE_FILE, REPORT_FILE, read_report, recipe_yaml, write_report
 
 __all__ = [
@@ -8,6 +9,8 @@ __all__ = [
     "RECIPE_FILE",
     "REPORT_FILE",
     "model_card",
+    "push_checkpoint",
+    "push_to_hub",
     "read_report",
     "recipe_yaml",
     "write_card",

@@ -6,11 +6,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers.models.auto import modeling_auto
 
 from ..evaluation import Evaluation
+from ..local_paths import hub_id
 from ..recipe import Recipe
 from ..recipe_reading import recipe_from_dict
 from . import card_text
@@ -117,17 +116,6 @@ def local_licence(base_model: str | None) -> dict[str, str] | None:
     except (yaml.YAMLError, ValueError):  # another model's damaged card is no reason to lose a finished run
         return None
     return {key: metadata[key] for key in LICENCE_KEYS if key in metadata} if metadata else None
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` if it can be the id of a model on the Hub, None for a path of this machine."""
-    if not name or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
 
 
 def _task(architecture: str) -> tuple[str, str | None]:

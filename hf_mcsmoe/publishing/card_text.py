@@ -1,7 +1,7 @@
 """The tables and sentences of the model card, from the plain values of the report."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def sections(report: Mapping[str, Any], recipe: Recipe, scores: Mapping[str, Any
         "layers": [_layer_row(run) for run in _runs(report["layers"])],
         "evaluation": _evaluation_rows(scores) if scores else None,
         "evaluated_on": _evaluated_on(scores) if scores else None,
-        "method": _method(recipe),
+        "method": [*_method(recipe), *_choice(report.get("tried"))],
         "calibration": _calibration(report["calibration"]),
         "recovery": _recovery(report.get("recovery")),
         "limitations": [*_layer_limits(report), *_evaluation_limits(scores), *map(plain, report["warnings"])],
@@ -210,6 +210,12 @@ def _recovery(recovery: Mapping[str, Any] | None) -> dict[str, Any] | None:
         f"{count(data['tokens'])} tokens; {count(data['held_out_rows'])} rows held out; SHA-256 `{data['sha256']}`.",
         "The output errors of the layers above were measured before the training.",
     ]
+    pruned = recovery.get("row_pruning")
+    if pruned:
+        lines.append(
+            f"The experts' matrices are factors of rank {pruned['rank']} plus {count(pruned['kept_rows'])} of "
+            f"{count(pruned['rows'])} rows, chosen by their importance for the loss while they were trained."
+        )
     return {"rows": rows, "lines": lines}
 
 
@@ -250,6 +256,14 @@ def _made_with(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     duration = "" if report["seconds"] is None else f"in {report['seconds']:,.1f} s "
     return f"Made {duration}with {versions}."
+
+
+def _choice(trials: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """How the preset "auto" came to the recipe; nothing for a recipe that was asked for, or reports of old."""
+    number = sum(trial["skipped"] is None for trial in trials or [])
+    if number == 0:
+        return []
+    return [f"Chosen by `auto` from {_times(number, 'recipe')}, by their KL on calibration tokens that were held out."]
 
 
 def _citation(recipe: Recipe) -> str:

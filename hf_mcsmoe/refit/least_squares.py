@@ -8,7 +8,7 @@ from torch import Tensor
 from ..gated_features import FeatureSums
 from . import REFIT
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the large ones are for fewer tokens than features
 
 
 @REFIT.register("least_squares")
@@ -25,7 +25,8 @@ def refit_by_least_squares(
     phi are the features of all experts of the layer under the gates that the compressed layer will apply, y the
     output of the original layer: the experts make up for each other, for neurons that are gone, and for gates that
     changed. `ridge_e` is `ridge` times the mean energy of the expert's features, so it pulls rarely used experts to
-    the weights they had. The ridge is the one with the least held-out error; without held-out tokens the largest.
+    the weights they had. From the largest ridge downwards the next one is taken while it lowers the held-out error
+    and the sums are precise enough for it; without held-out tokens the largest.
 
     Args:
         sums: Of the calibration tokens.
@@ -35,7 +36,8 @@ def refit_by_least_squares(
         ridges: Candidates.
 
     Returns:
-        (P, D) float64. Time O(P^3) for each ridge, memory 16 P^2 bytes.
+        (P, D) float64; down0 where no token gave a feature, or no ridge would do. Time O(P^3) for each
+        ridge, memory 16 P^2 bytes.
 
     Raises:
         ValueError: `ridges` has no positive number.
@@ -47,11 +49,16 @@ def refit_by_least_squares(
     residual = sums.cross - sums.gram @ down
     best, least = down, float("inf")
     for ridge in sorted(ridges, reverse=True):
-        damped = sums.gram + torch.diag(ridge * energy)
-        fitted = down + torch.cholesky_solve(residual, torch.linalg.cholesky(damped))
-        error = held_out.error(everything, fitted) if held_out is not None else 0.0
-        if error < least:
-            best, least = fitted, error
+        factor, is_singular = torch.linalg.cholesky_ex(sums.gram + torch.diag(ridge * energy))
+        if is_singular:
+            break
+        fitted = down + torch.cholesky_solve(residual, factor)
+        if held_out is None:
+            return fitted
+        error = held_out.error(everything, fitted)
+        if not error < least:
+            break
+        best, least = fitted, error
     return best
 
 

@@ -30,40 +30,49 @@ def saliency_by_gated_obs(
     Args:
         experts: P neurons of M experts.
         grams: For each expert the sum of phi phi^T, (width, width) float64.
-        ridge: Relative to the mean energy of the expert's neurons. An expert that no token reached counts as if one
-            average token had.
+        ridge: Relative to the mean energy of the expert's neurons. Where that is all but 0 neurons rank by their
+            |down|^2, behind those of any other expert. Ten times as large as often as the Gram, whose products are
+            float32, is too imprecise for it.
         block: Share of an expert's remaining neurons that go between two updates.
 
     Returns:
         (P,) float64, >= 0: squared output error. Time O(I^3), memory O(I^2) for each expert.
     """
     energies = torch.stack([gram.diagonal().sum() / max(1, len(gram)) for gram in grams])
-    counts = energies.mean() * UNSEEN
+    mean = energies.mean()
+    least = torch.where(mean > 0, mean * SILENT, 1)  # without any energy all neurons rank by |down|^2
     offsets = experts.offsets.tolist()
     saliency = grams[0].new_zeros(experts.num_neurons)
     for expert, gram in enumerate(grams):
         neurons = slice(offsets[expert], offsets[expert + 1])
         if neurons.start == neurons.stop:
             continue
-        damping = ridge * torch.maximum(energies[expert], counts)
-        hessian = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        saliency[neurons] = removal_costs(hessian, experts.down[neurons].to(gram.dtype), block)
+        damping = ridge * torch.maximum(energies[expert], least)
+        saliency[neurons] = removal_costs(inverse_of(gram, damping), experts.down[neurons].to(gram.dtype), block)
     return saliency
 
 
-# Energy of an expert that no token reached, relative to the mean of all: small beside any that was used.
-UNSEEN = 1e-6
+# Energy of an expert that never answers, relative to the mean of all: small beside any that does.
+SILENT = 1e-6
 
 
-def removal_costs(hessian: Tensor, down: Tensor, block: float) -> Tensor:
+def inverse_of(gram: Tensor, damping: Tensor) -> Tensor:
+    """(gram + damping I)^-1, (I, I), with ten times the damping as often as it takes; damping > 0."""
+    while True:
+        factor, is_singular = torch.linalg.cholesky_ex(gram + torch.diag(damping.expand(len(gram))))
+        if not is_singular:
+            return torch.cholesky_inverse(factor)
+        damping = 10 * damping
+
+
+def removal_costs(inverse: Tensor, down: Tensor, block: float) -> Tensor:
     """Cost of each neuron's removal after those that are cheaper, (I,); see `saliency_by_gated_obs`.
 
     Args:
-        hessian: (I, I) positive definite.
+        inverse: H^-1, (I, I) positive definite.
         down: (I, D).
         block: In (0, 1].
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     order = elimination_order(inverse.clone(), down.clone(), block)
     # Removing a set R costs |L^-1 down_R|^2 with L L^T = [H^-1]_RR; one factorization gives every nested set.
     factor = torch.linalg.cholesky(inverse[order[:, None], order])

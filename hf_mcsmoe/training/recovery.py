@@ -1,5 +1,6 @@
 """Recovering a checkpoint: from a folder to a folder, continued where an earlier run stopped."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -15,13 +16,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import check_output_folder
 from ..loading import empty_model, load_model, load_tokenizer, read_config
+from ..local_paths import hub_id
 from ..outcome import package_version
 from ..publishing import REPORT_FILE, read_report, write_card, write_report
-from ..publishing.card import hub_id
 from .arguments import DistillationArguments
 from .cached_teacher import read_description
 from .live_teacher import is_cache_file
 from .recovery_data import RecoveryData, RowCollator, load_recovery_data
+from .recovery_pruning import RowPruning, report_sizes
 from .targets import Task, task_of
 from .trainer import DistillationTrainer
 
@@ -67,6 +69,7 @@ def recover_checkpoint(
     data: str | Path | None = None,
     num_samples: int | None = None,
     sequence_length: int | None = None,
+    pruning: RowPruning | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def recover_checkpoint(
         data: See `load_recovery_data`.
         num_samples: See there.
         sequence_length: See there.
+        pruning: Decompose the experts unless they are, and prune their rows while they are trained; None trains the
+            model as it is.
         resume: Continue an interrupted run with the same arguments from its last checkpoint; start if there is none.
         overwrite: Replace a folder that is not empty, and forget an interrupted run.
 
@@ -91,7 +96,8 @@ def recover_checkpoint(
 
     Raises:
         FileExistsError: The output, or an interrupted run, is in the way.
-        ValueError: No teacher, or another model, teacher, data or arguments than those of the run to resume.
+        ValueError: No teacher, a model whose rows cannot be pruned, or another model, teacher, data or arguments than
+            those of the run to resume.
     """
     output = Path(output)
     if not values.get("teacher"):
@@ -101,16 +107,19 @@ def recover_checkpoint(
     args = recovery_arguments(values, work)
     task, tokenizer = checkpoint_task(folder), load_tokenizer(folder)
     _check_teacher(values["teacher"])
+    if pruning is not None:
+        pruning.check(empty_model(read_config(folder)))
     vocab_size = read_config(folder).get_text_config().vocab_size
     limits = {"num_samples": num_samples, "sequence_length": sequence_length, "vocab_size": vocab_size}
     rows = load_recovery_data(data, tokenizer, task, **limits)
     asked = {"model": str(folder), "values": dict(values), "data": rows.fingerprint()}
+    asked["row_pruning"] = dataclasses.asdict(pruning) if pruning is not None else None
     with args.main_process_first(desc="preparing the folder"):
         if args.process_index == 0:
             _prepare_folder(work, asked, resume, overwrite)
         run = _read_run(work, asked)
     start = time.perf_counter()
-    trainer, dtypes = _build_trainer(folder, args, rows, tokenizer, task)
+    trainer, dtypes = _build_trainer(folder, args, rows, tokenizer, task, pruning)
     if "before" not in run:
         run["before"] = trainer.evaluate()
         if trainer.is_world_process_zero():
@@ -119,6 +128,8 @@ def recover_checkpoint(
     _round(trainer.model, dtypes)
     after = trainer.evaluate()
     report = _report(trainer, run, after, outcome.metrics, time.perf_counter() - start)
+    if pruning is not None:
+        report["row_pruning"] = pruning.describe(trainer.model)
     _save(trainer, dtypes, report, folder, output, work)
     return report
 
@@ -154,28 +165,37 @@ def _read_run(work: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """What a run noted when it began, which must be what is asked now."""
     run = json.loads((work / RUN_FILE).read_text(encoding="utf-8"))
     for name, value in json.loads(json.dumps(asked)).items():
-        if run[name] != value:
+        if run.get(name) != value:
             raise ValueError(
-                f"The interrupted recovery in {str(work)!r} had another {name}: {run[name]}, now it is {value}. "
+                f"The interrupted recovery in {str(work)!r} had another {name}: {run.get(name)}, now it is {value}. "
                 "Call it with the same arguments, or start again with --overwrite."
             )
     return run
 
 
 def _build_trainer(
-    folder: str | Path, args: DistillationArguments, rows: RecoveryData, tokenizer: Any, task: Task
+    folder: str | Path,
+    args: DistillationArguments,
+    rows: RecoveryData,
+    tokenizer: Any,
+    task: Task,
+    pruning: RowPruning | None,
 ) -> tuple[DistillationTrainer, dict[str, torch.dtype]]:
     """The trainer of the model in float32, and the dtypes of its parameters on disk."""
     model = load_model(folder)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model = model.float()
+    if pruning is not None:
+        dtypes = pruning.prepare(model, dtypes)
     pad_id = getattr(tokenizer, "pad_token_id", None) or 0
     trainer = DistillationTrainer(
-        model.float(),
+        model,
         args,
         train_dataset=rows.train,
         eval_dataset=rows.held_out,
         data_collator=RowCollator(pad_id, task),
         processing_class=tokenizer,
+        callbacks=[pruning.callback()] if pruning is not None else None,
     )
     return trainer, dtypes
 
@@ -210,8 +230,11 @@ def _save(
     (complete / RECOVERY_FILE).write_text(text + "\n", encoding="utf-8")
     if (Path(folder) / REPORT_FILE).is_file():
         compression = read_report(folder)
+        if "row_pruning" in report:
+            compression = report_sizes(compression, trainer.model)
         # Scores from before the recovery are not those of this model.
-        compression["recovery"] = {**report, "evaluation_before": compression.pop("evaluation", None)}
+        scores, earlier = compression.pop("evaluation", None), compression.pop("recovery", None)
+        compression["recovery"] = {**report, "evaluation_before": scores, "earlier": earlier}
         write_report(compression, complete)
         write_card(complete, repo_name=output.name)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..publishing.trainer_card import CompressedModelCard
 from .arguments import DistillationArguments
 from .cached_teacher import INDEX, LOG_PROB, CachedTeacher
 from .feature_losses import hidden_state_sums, router_sums
@@ -20,12 +21,13 @@ from .token_losses import IGNORED, TopKDistribution, token_losses
 NUM_CHECKED_EXAMPLES = 32  # of each dataset, looked up among the cached logits before the training starts
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(CompressedModelCard, Trainer):
     """A `Trainer` that lets a compressed model (the student) follow its original (the teacher).
 
     For causal and sequence-to-sequence language models and sequence classifiers with one label a row, as found by
     transformers' Auto classes. Everything else is Trainer's: gradient accumulation and checkpointing, mixed precision,
-    resuming, `torchrun`, FSDP and DeepSpeed by their usual configuration.
+    resuming, `torchrun`, FSDP and DeepSpeed by their usual configuration. What it pushes to the Hub has the generated
+    card, see `CompressedModelCard`.
 
     The loss of one optimizer step, over all of its predicted tokens (batches accumulated, processes):
 

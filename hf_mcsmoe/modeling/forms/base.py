@@ -49,6 +49,10 @@ class ExpertForm:
         """M, the experts that the module holds."""
         raise NotImplementedError
 
+    def layout(self) -> dict[str, Any]:
+        """What the layer's entry in the layout says about this form: all that `build` needs."""
+        raise NotImplementedError
+
     def densify(self) -> ExpertWeights:
         """The experts as dense matrices of one width: the same function up to rounding."""
         raise NotImplementedError

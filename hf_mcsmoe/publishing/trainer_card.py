@@ -1,0 +1,59 @@
+"""The generated card in place of the one that Trainer writes."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from .card import write_card
+from .hub import report_of
+from .published import add_tags
+from .report import write_report
+
+
+class CompressedModelCard:
+    """For a subclass of Trainer, before it: `class MyTrainer(CompressedModelCard, Trainer)`; pushes keep the card.
+
+    Trainer writes its own draft over README.md whenever it pushes. With this class a compressed model gets its report,
+    its recipe and the generated card there. An adapter of PEFT, or a model without a report, gets Trainer's.
+    """
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Write report, recipe and card into the output folder, on the first process.
+
+        The card says that the weights were trained after the compression. Scores from before are not those of this
+        model and left out. Trainer's pickled arguments, which hold `hub_token` in clear, are deleted there, because
+        the whole folder is pushed next; those in the checkpoints of the training stay.
+
+        Args:
+            args: Of `Trainer.create_model_card`, for a model that gets Trainer's card.
+            options: Likewise; `license` and `tags` count for the generated card too.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        values = report_of(model) if isinstance(model, PreTrainedModel) else None
+        if values is None:
+            super().create_model_card(*args, **options)
+            return
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.state.global_step > 0:
+            values.pop("evaluation", None)
+            values["warnings"] = [*values["warnings"], trained_after(self.state.global_step)]
+        write_report(values, folder)
+        licence = {"base_license": options["license"]} if options.get("license") else {}
+        card = write_card(folder, repo_name=self.hub_model_id or folder.resolve().name, **licence)
+        tags = options.get("tags") or []
+        if tags:
+            add_tags(ModelCard.load(card), [tags] if isinstance(tags, str) else tags).save(card)
+
+
+def trained_after(steps: int) -> str:
+    """What report and card say of a model that was trained on."""
+    return (
+        f"The weights were trained for {steps} optimizer steps after the compression. The output errors of the layers "
+        "were measured before; the trained model was not evaluated for this card."
+    )
