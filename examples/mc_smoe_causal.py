@@ -143,8 +143,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     results.append(measure(student, "m-smoe", held_out))
     recover(student, full, rows, options)
     results.append(measure(student, "m-smoe, recovered", held_out))
-    rank = options.rank or max(1, round(32 * full.config.hidden_size / 768))
-    decompose_merged(student, rank=rank, keep_rows=1.0, progress=False)
+    options.rank = options.rank or max(1, round(32 * full.config.hidden_size / 768))
+    decompose_merged(student, rank=options.rank, keep_rows=1.0, progress=False)
     recover(student, full, rows[::-1], options)
     results.append(measure(student, "mc-smoe, recovered", held_out))
     return results
