@@ -1,6 +1,5 @@
 """compress_moe: the whole pipeline, from the user's model to a smaller one."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
 from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
-from .executors.in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, collect, reached
+from .executors.in_memory import reached
+from .executors.kept_inputs import collect_first, visits
 from .families import find_layers, reading_part, tied_layers
 from .layer_compression import compress_layer, follow
 from .layouts import budget_of_layer, check_layout, native_target, resolve_layers
@@ -209,35 +209,26 @@ def compress_in_memory(
     tied = {layer: first for layer in found if (first := first_of_tied.get(layer.name)) in layers}
     before = count(model)
     check_finite(layers)
-    needs = recipe.statistics_needed() - {"weights"}
-    tokens = recipe.fit_tokens if recipe.needs_inputs else 0
-    held_out = FIT_HELD_OUT_TOKENS if recipe.needs_inputs else HELD_OUT_TOKENS
-    how = {"seed": recipe.seed, "progress": progress, "held_out_tokens": held_out}
-    kept_at_once = 0 if recipe.sequential else tokens
-    collected = collect(model, [*layers, *tied], data, needs, calibration_tokens=kept_at_once, **how)
+    collected = collect_first(model, layers, tied, data, recipe, progress)
     statistics = reached(collected)
     layers, warnings = leave_unreached(layers, statistics, recipe)
-    allotted = allocate(layers, recipe, statistics)
+    allotted = dict(zip(layers, allocate(layers, recipe, statistics), strict=True))
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
-    reports: list[LayerReport] = []
+    reports: dict[str, LayerReport] = {}
     layouts: dict[str, Any] = {}
-    bar = tqdm(layers, desc="merging", unit="layer", disable=not progress, delay=2)
-    for layer, num_experts in zip(bar, allotted, strict=True):
-        of_layer = collected.pop(layer.name)
-        if recipe.sequential:
-            shared = [layer, *(other for other, first in tied.items() if first is layer)]
-            again = collect(model, shared, data, frozenset(), calibration_tokens=tokens, **how | {"progress": False})
-            of_layer = dataclasses.replace(again[layer.name], statistics=of_layer.statistics)
-        report, layouts[layer.name] = compress_layer(layer, recipe, of_layer, num_experts)
-        reports.append(report)
+    todo = visits(model, layers, tied, data, recipe, collected)
+    for layer, of_layer in tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2):
+        report, layout = compress_layer(layer, recipe, of_layer, allotted[layer])
+        reports[layer.name], layouts[layer.name] = report, layout
         for other in [other for other, first in tied.items() if first is layer]:
-            follow(other, layer, report, layouts[layer.name], recipe)
-            layouts[other.name] = layouts[layer.name]
+            follow(other, layer, report, layout, recipe)
+            layouts[other.name] = layout
     if tied:
         model.tie_weights()
-    conclude(
-        model, recipe, data, layers, reports, layouts, native=native, before=before, start=start, warnings=warnings
-    )
+    layouts = {layer.name: layouts[layer.name] for layer in found if layer.name in layouts}
+    in_order = [reports[layer.name] for layer in layers]
+    how = {"native": native, "before": before, "start": start, "warnings": warnings}
+    conclude(model, recipe, data, layers, in_order, layouts, **how)
     return model.compression_report
 
 

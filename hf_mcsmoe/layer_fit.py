@@ -22,7 +22,7 @@ from .gated_features import (
 from .layer_inputs import LayerInputs, choice, relative_error
 from .recipe import Recipe
 from .refit import REFIT
-from .refit_by_passes import refit_by_passes
+from .refit_by_passes import RIDGE, refit_by_passes
 from .selection import SELECTION
 from .types import MoeLayer
 from .unreached_experts import with_unreached
@@ -137,10 +137,12 @@ def refit_down(
 ) -> FittedExperts:
     """The experts with new down projections, unless held-out tokens say that the old ones were better.
 
-    Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`.
+    Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`, which takes the first of the
+    option `ridges`.
     """
     if experts.num_neurons > MOST_JOINT_NEURONS:
-        fitted = dataclasses.replace(experts, down=refit_by_passes(experts, activation, tokens).float())
+        ridge = recipe.refit_options.get("ridges", (RIDGE,))[0]
+        fitted = dataclasses.replace(experts, down=refit_by_passes(experts, activation, tokens, ridge).float())
         before, after = (relative_output_error(one, activation, held_out) for one in (experts, fitted))
     else:
         sums = sum_features(experts, activation, tokens)

@@ -44,6 +44,8 @@ def refit_by_passes(
     """
     grams = sum_expert_grams(experts, activation, tokens)
     energy = torch.stack([gram.diagonal().sum() / max(1, len(gram)) for gram in grams])
+    if not energy.any():
+        return experts.down.double()  # no neuron ever answers
     energy = torch.where(energy > 0, energy, energy.mean())
     offsets = experts.offsets.tolist()
     damping = torch.cat([e.expand(width) for e, width in zip(ridge * energy, experts.widths.tolist(), strict=True)])

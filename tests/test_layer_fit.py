@@ -10,12 +10,13 @@ from checkpoints import same_tensors, texts
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_mcsmoe import Recipe, compress, compress_moe
+from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.calibration import load_calibration
+from hf_mcsmoe.executors import kept_inputs
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.layer_fit import LEAST_SHARE
-from hf_mcsmoe.layouts import plan
 from hf_mcsmoe.outcome import count
+from hf_mcsmoe.planning import plan
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "gemma4_text", "switch_transformers")
 FIT = {"selection": "gated_obs", "refit": "least_squares"}
@@ -212,14 +213,14 @@ def test_padding_and_batching_do_not_count(original, tokens, prompt):
 
 
 def test_fit_tokens_bounds_what_is_kept(original, tokens, monkeypatch):
-    kept, collect = [], compress.collect
+    kept, collect = [], kept_inputs.collect
 
     def spy(*args, **kwargs):
         found = collect(*args, **kwargs)
         kept.extend(one.calibration.num_tokens for one in found.values())
         return found
 
-    monkeypatch.setattr(compress, "collect", spy)
+    monkeypatch.setattr(kept_inputs, "collect", spy)
     fit(original("qwen3_moe"), tokens, keep=0.5, fit_tokens=60, **FIT)
     assert len(kept) == 3 and all(60 <= number <= 60 + 24 for number in kept)
 

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration
 from ..compress import check_finite, saliency_of
 from ..layer_compression import compress_layer
+from ..layer_inputs import LayerInputs, TensorOfBlock
 from ..modeling.merged_model import merged_class
 from ..outcome import count
 from ..recipe import Recipe
-from ..types import LayerReport, MoeLayer
+from ..types import LayerReport, LayerStatistics, MoeLayer
 from .decoder_stack import DecoderStack
 from .hidden_states import HiddenStates
 from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
@@ -194,8 +195,9 @@ class StreamingRun:
 
     def load_statistics(self, index: int) -> tuple[dict[str, Collected], dict[str, Tensor]]:
         """(what the forward left, saliency) that `collect` saved for a decoder layer, by MoE layer."""
-        # Our own file, and samples hold whatever a router is called with.
-        return torch.load(self._statistics_file(index), map_location=self.device, weights_only=False)
+        # No code comes out of the file: tensors, plain containers and these values only.
+        with torch.serialization.safe_globals([Collected, LayerInputs, LayerStatistics, TensorOfBlock]):
+            return torch.load(self._statistics_file(index), map_location=self.device, weights_only=True)
 
     def _save_statistics(self, index: int, *values: Any) -> None:
         temporary = self._statistics_file(index).with_suffix(".tmp")

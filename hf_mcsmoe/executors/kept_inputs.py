@@ -1,0 +1,106 @@
+"""In which order layers are compressed, and when the tokens that they are fitted on are collected."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..calibration import Calibration
+from ..recipe import Recipe
+from ..types import MoeLayer
+from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
+
+MOST_BYTES = 2**31  # of kept tokens, for all layers that are collected in one forward
+
+
+def collect_first(
+    model: PreTrainedModel,
+    layers: list[MoeLayer],
+    tied: Mapping[MoeLayer, MoeLayer],
+    data: Calibration,
+    recipe: Recipe,
+    progress: bool,
+) -> dict[str, Collected]:
+    """One forward over the calibration data: statistics of all layers, and their tokens if these fit in memory.
+
+    Args:
+        model: The original model.
+        layers: The layers to compress.
+        tied: Layers that share the experts of one of `layers`.
+        data: What to run.
+        recipe: What is asked.
+        progress: Show a progress bar.
+    """
+    at_once = len(groups_of_layers(layers, data, recipe)) == 1
+    needs = recipe.statistics_needed() - {"weights"}
+    how = {"seed": recipe.seed, "progress": progress, "held_out_tokens": held_out_tokens(recipe)}
+    tokens = recipe.fit_tokens if recipe.needs_inputs and at_once else 0
+    return collect(model, [*layers, *tied], data, needs, calibration_tokens=tokens, **how)
+
+
+def visits(
+    model: PreTrainedModel,
+    layers: list[MoeLayer],
+    tied: Mapping[MoeLayer, MoeLayer],
+    data: Calibration,
+    recipe: Recipe,
+    collected: dict[str, Collected],
+) -> Iterator[tuple[MoeLayer, Collected]]:
+    """Each layer once, with what it is to be compressed on. Compress it before asking for the next one.
+
+    A sequential recipe needs one forward for each layer, from the first to the last, through the layers that are
+    compressed already. Any other one needs what the original layers give: where the tokens of all layers do not fit
+    in `MOST_BYTES`, layers are visited from the last to the first, in groups whose tokens do, because a layer's inputs
+    depend only on those before it; one forward for each group.
+
+    Args:
+        model: In its present state.
+        layers: As for `collect_first`.
+        tied: As for `collect_first`.
+        data: As for `collect_first`.
+        recipe: As for `collect_first`.
+        collected: From `collect_first`; emptied on the way.
+    """
+    groups = groups_of_layers(layers, data, recipe)
+    if len(groups) == 1:
+        for layer in layers:
+            yield layer, collected.pop(layer.name)
+        return
+    how: dict[str, Any] = {"seed": recipe.seed, "progress": False, "held_out_tokens": held_out_tokens(recipe)}
+    for group in groups if recipe.sequential else reversed(groups):
+        shared = [*group, *(other for other, first in tied.items() if first in group)]
+        again = collect(model, shared, data, frozenset(), calibration_tokens=recipe.fit_tokens, **how)
+        for layer in group:
+            statistics = collected.pop(layer.name).statistics
+            yield layer, dataclasses.replace(again.pop(layer.name), statistics=statistics)
+
+
+def held_out_tokens(recipe: Recipe) -> int:
+    """How many held-out tokens to keep of each layer."""
+    return FIT_HELD_OUT_TOKENS if recipe.needs_inputs else HELD_OUT_TOKENS
+
+
+def groups_of_layers(layers: list[MoeLayer], data: Calibration, recipe: Recipe) -> list[list[MoeLayer]]:
+    """Neighbouring layers whose tokens are collected together."""
+    if not recipe.needs_inputs:
+        return [layers]
+    if recipe.sequential:
+        return [[layer] for layer in layers]
+    tokens = min(recipe.fit_tokens, data.num_tokens) + held_out_tokens(recipe)
+    groups: list[list[MoeLayer]] = []
+    room = 0
+    for layer in layers:
+        size = tokens * bytes_per_token(layer)
+        if not groups or size > room:
+            groups.append([])
+            room = MOST_BYTES
+        groups[-1].append(layer)
+        room -= size
+    return groups
+
+
+def bytes_per_token(layer: MoeLayer) -> int:
+    """What one kept token takes: hidden states for experts and router, slots and weights."""
+    element = next(iter(layer.expert_parameters.values())).element_size()
+    return 2 * layer.hidden_size * element + layer.top_k * (8 + element)
