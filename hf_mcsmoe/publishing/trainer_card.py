@@ -20,6 +20,9 @@ class CompressedModelCard:
 
     Trainer writes its own draft over README.md whenever it pushes. With this class a compressed model gets its report,
     its recipe and the generated card there. An adapter of PEFT, or a model without a report, gets Trainer's.
+
+    Uploads while the training runs (`hub_strategy` other than "end") stay as Trainer makes them: without a card, and
+    with its pickled arguments. Log in or set HF_TOKEN then, because a `hub_token` among the arguments is in there.
     """
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
