@@ -70,7 +70,7 @@ def test_the_benchmarks_of_recovery_run(script, arguments, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["calibration_cost.py", "m_smoe.py", "collapse_duplicates.py"])
+@pytest.mark.parametrize("script", ["calibration_cost.py", "m_smoe.py", "collapse_duplicates.py", "fidelity.py"])
 def test_the_benchmarks_run(script, tmp_path):
     assets = EXAMPLES.parent / "hf_mcsmoe" / "assets"
     model = ["--model", str(assets / "tiny-qwen3-moe")]
@@ -80,6 +80,11 @@ def test_the_benchmarks_run(script, tmp_path):
             *model,
             *("--calibration", str(assets / "calibration.jsonl"), "--data", str(assets / "evaluation.jsonl")),
             *("--keep", "0.5", "--rows", "8", "--evaluation-rows", "4", "--json", str(tmp_path / "numbers.json")),
+        ],
+        "fidelity.py": [
+            *model,
+            *("--rows", "4", "--evaluation-rows", "2", "--recipes", "joint-obs", "--keep", "0.5"),
+            *("--output", str(tmp_path / "fidelity")),
         ],
         "collapse_duplicates.py": ["--tokens", "64", "--hidden", "32", "--width", "32", "--repeats", "1"],
     }

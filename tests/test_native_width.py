@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.layouts import plan
 from hf_mcsmoe.modeling.native_width import adopt_native, native_fields, width_fields
+from hf_mcsmoe.planning import plan
 
 FIT = {"selection": "gated_obs", "refit": "least_squares"}
 FIELD_OF = {

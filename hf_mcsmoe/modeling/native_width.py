@@ -79,14 +79,14 @@ def width_fields(model: PreTrainedModel, kept: Sequence[MoeLayer], width: int) -
         ValueError: There is no such field.
     """
     old = kept[0].intermediate_size
+    if width == old:
+        return []
     odd = [layer.name for layer in kept if layer.intermediate_size != old]
     if odd:
         raise ValueError(
             f"layout 'native' needs experts of one width, but those of {odd[0]!r} are not {old} wide. "
             "Use layout='mapped'."
         )
-    if width == old:
-        return []
     before = shapes(model)
     inside = tuple(f"{layer.name}." for layer in kept)
     for path, name in candidates(model.config, old):
