@@ -86,7 +86,9 @@ def test_labels_that_are_masked_are_no_targets(tmp_path):
     assert sum(parts).item() == pytest.approx(full.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("features", [{}, {"hidden_state_weight": 0.5, "router_weight": 0.5}])
+@pytest.mark.parametrize(
+    "features", [pytest.param({}, marks=pytest.mark.slow), {"hidden_state_weight": 0.5, "router_weight": 0.5}]
+)
 def test_accumulated_ragged_batches_equal_one_large_batch(task, features, tmp_path):
     if task == "classification":
         features = {name: value for name, value in features.items() if name == "hidden_state_weight"}

@@ -24,7 +24,7 @@ def is_equal(model, weights):
     return all(torch.equal(value, model.get_parameter(name)) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("task", ["causal", "seq2seq"])
+@pytest.mark.parametrize("task", ["causal", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_interrupted_anywhere_and_resumed_gives_equal_bits(task, tmp_path):
     changes = {"attention_dropout": 0.2} if task == "causal" else {"dropout_rate": 0.2}
     original, teacher = models(task, **changes)
@@ -42,7 +42,7 @@ def test_interrupted_anywhere_and_resumed_gives_equal_bits(task, tmp_path):
         assert [entry["step"] for entry in logged] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("task", ["causal", "seq2seq"])
+@pytest.mark.parametrize("task", ["causal", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_experts_of_different_widths_are_recovered_and_resumed(task, original, compress, tmp_path):
     recipe = {"similarity": None, "grouping": "drop", "alignment": None, "merging": None, "selection": "gated_obs"}
     narrowed, teacher = compress(FAMILIES[task], keep=0.4, keep_experts=0.75, **recipe), original(FAMILIES[task])
@@ -91,7 +91,9 @@ def test_the_best_student_is_loaded_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["causal", "seq2seq"])
-@pytest.mark.parametrize("features", [{}, {"hidden_state_weight": 1.0, "router_weight": 1.0}])
+@pytest.mark.parametrize(
+    "features", [pytest.param({}, marks=pytest.mark.slow), {"hidden_state_weight": 1.0, "router_weight": 1.0}]
+)
 def test_activation_checkpointing_changes_nothing(task, features, tmp_path):
     original, teacher = models(task)
     trained, calls = [], [0, 0]

@@ -30,6 +30,7 @@ RECIPES = {
     "native-experts-and-neurons": {"layout": "native", "keep": 0.4, "keep_experts": 0.75, **FIT, **DROP},
     "native-dropped-refit": {"layout": "native", "refit": "least_squares", **DROP},
 }
+EVERY_RUN = ("qwen3_moe", "gpt_oss", "switch_transformers")
 NARROWED = [name for name in RECIPES if name.startswith("native") and "neurons" in name]
 SAME_FIELD_ELSEWHERE = ("deepseek_v3", "switch_transformers")  # dense layers or shared experts are as wide
 
@@ -47,6 +48,11 @@ def fit(model, tokens, **recipe):
 
 def reports(model):
     return model.compression_report.layers
+
+
+def mostly_slow(names):
+    """Families of every kind in every run; the others in slow runs only."""
+    return [name if name in EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def cases(skipped=SAME_FIELD_ELSEWHERE):
@@ -92,7 +98,7 @@ def test_report_plan_and_checkpoint_agree_and_it_loads_again(model_type, name, o
 
 
 @pytest.mark.parametrize("layout", ["mapped", "native"])
-@pytest.mark.parametrize("model_type", [*FAMILIES, "glm4_moe", "granitemoe"])
+@pytest.mark.parametrize("model_type", mostly_slow([*FAMILIES, "glm4_moe", "granitemoe"]))
 def test_keeping_everything_is_bit_identical(model_type, layout, original, tokens, prompt):
     expected = logits(original(model_type), prompt)
     result = fit(original(model_type), tokens, layout=layout, keep=1.0, **FIT)
@@ -124,7 +130,7 @@ def double_neurons(model):
 
 
 @pytest.mark.parametrize("layout", ["mapped", "native"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", mostly_slow(FAMILIES))
 def test_half_of_neurons_that_are_there_twice_go_without_loss(model_type, layout, original):
     if layout == "native" and model_type in SAME_FIELD_ELSEWHERE:
         pytest.skip("refused")
