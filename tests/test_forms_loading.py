@@ -120,6 +120,7 @@ def test_unknown_forms_are_refused():
 
 
 @pytest.mark.parametrize("form", FORM_NAMES)
+@pytest.mark.slow
 def test_trainer_trains_and_resumes(form, tmp_path):
     model = formed_model("qwen3_moe", form)
     model.save_pretrained(tmp_path / "start")

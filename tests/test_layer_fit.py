@@ -175,7 +175,7 @@ def test_the_refit_never_makes_a_layer_worse_and_mostly_better(model_type, name,
     assert total[0] < total[1]
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RECIPES)
 def test_few_tokens_do_no_harm(name, num_rows, original, tokens, prompt):
     few = tokens[:num_rows, :8]

@@ -127,6 +127,7 @@ def test_an_interrupted_recovery_is_resumed_to_equal_bits(folders, data, tmp_pat
     assert not working_folder(tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_recovers_like_the_live_one(folders, data, tmp_path):
     student, teacher = folders
     cache = tmp_path / "teacher.safetensors"

@@ -187,6 +187,7 @@ def test_half_precision_autocast(model, make_trainer):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing(model, make_trainer):
     plain = copy.deepcopy(model)
     make_trainer(plain, [SparsityScheduleCallback(**SCHEDULE)]).train()
