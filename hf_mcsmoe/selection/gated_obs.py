@@ -9,7 +9,7 @@ from . import SELECTION
 
 @SELECTION.register("gated_obs")
 def saliency_by_gated_obs(
-    experts: PackedExperts, grams: list[Tensor], *, ridge: float = 3e-3, block: float = 0.05
+    experts: PackedExperts, *, grams: list[Tensor], ridge: float = 3e-3, block: float = 0.05
 ) -> Tensor:
     """Cost of removing each neuron in the order of the Optimal Brain Surgeon, on gated features.
 
