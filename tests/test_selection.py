@@ -165,9 +165,8 @@ def test_one_of_two_equal_neurons_costs_nothing_but_both_do(tokens):
 @pytest.mark.parametrize("name", RULES)
 def test_scaling_a_neuron_and_its_column_back_changes_little(name, tokens):
     experts = packed_experts(widths=WIDTHS, seed=1)
-    before = SELECTION[name](
-        experts, grams=grams_of(experts, tokens), **({"ridge": 1e-9} if name == "gated_obs" else {})
-    )
+    options = {"ridge": 1e-9} if name == "gated_obs" else {}
+    before = SELECTION[name](experts, grams=grams_of(experts, tokens), **options)
     scale = torch.full((experts.num_neurons, 1), 1.0)
     scale[[1, 7, 12], 0] = torch.tensor([3.0, 0.2, 5.0])
     scaled = dataclasses.replace(experts, up=experts.up * scale, down=experts.down / scale)
