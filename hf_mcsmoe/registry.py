@@ -34,7 +34,8 @@ class Registry:
         Args:
             name: Unique in this registry.
             needs: Statistics that it reads.
-            traits: What else the pipeline must know of it; the folder's `__init__` says which there are.
+            traits: What else the pipeline must know of it; the folder's `__init__` says which there are. For all
+                folders: `check`, a function of all options (a dict) that raises ValueError for values that cannot be.
 
         Raises:
             ValueError: `name` is taken.
@@ -97,13 +98,16 @@ class Registry:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
     def check_options(self, name: str, options: dict[str, Any]) -> None:
-        """Raise ValueError for an option that the function `name` does not have."""
+        """Raise ValueError for an option that the function `name` does not have, or a value that it cannot have."""
         known = self.options(name)
         for option in options:
             if option not in known:
                 raise ValueError(
                     f"{self.kind} {name!r} has no option {option!r}; it has {sorted(known)}.{closest(option, known)}"
                 )
+        check = self.trait(name, "check")
+        if check is not None:
+            check({**known, **options})
 
 
 def import_submodules(package_name: str, package_path: Any) -> None:

@@ -159,16 +159,17 @@ def stream(run: StreamingRun, one_pass: bool) -> None:
     layers = [layer for found in run.layers_of.values() for layer in found]
     budget = budget_of_layer(layers, run.recipe)
     run.read_before_stack()
-    if one_pass:
-        equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in layers]
-        saliency_of_layer, description = equal, "pass 1 of 1: statistics, merging"
+    if one_pass:  # all layers get what they have on average
+        allotted, description = budget, "pass 1 of 1: statistics, merging"
     else:
         run.collect("pass 1 of 2: statistics")
-        saved = [run.load_statistics(index)[1] for index, found in run.layers_of.items() if found]
-        saliency_of_layer = [saliency for one in saved for saliency in one.values()]
+        saved = [run.load_statistics(index) for index, found in run.layers_of.items() if found]
+        saliency_of_layer = [saliency for _, of_layers in saved for saliency in of_layers.values()]
+        statistics = [one.statistics for collected, _ in saved for one in collected.values()]
+        supply = {"statistics": lambda: statistics, "seed": lambda: run.recipe.seed}
+        how = {"options": run.recipe.allocation_options, "supply": supply}
+        allotted = ALLOCATION.call(run.recipe.allocation, saliency_of_layer, budget, **how)
         description = "pass 2 of 2: merging"
-    rule = ALLOCATION[run.recipe.allocation]
-    allotted = rule(saliency_of_layer, budget, **run.recipe.allocation_options)
     names = [layer.name for layer in layers]
     run.compress(
         description, dict(zip(names, allotted, strict=True)), with_forward=one_pass or run.recipe.needs_inputs
