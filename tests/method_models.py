@@ -18,9 +18,9 @@ MODELS = {
 NUM_EXPERTS = {"mixtral": 8, "qwen3_moe": 16}
 
 
-def method_model(name: str) -> PreTrainedModel:
+def method_model(name: str, **changes) -> PreTrainedModel:
     """8 experts top-2 like Mixtral, or 16 experts top-4 like Qwen3 MoE; two layers."""
-    return tiny_model(name, **MODELS[name])
+    return tiny_model(name, **MODELS[name], **changes)
 
 
 @dataclass(frozen=True)
