@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..expert_activations import activations, sums_over_tokens
+from ..option_checks import check_whole
 from ..saliency.output_norms import gated_output_norm
 from ..types import ExpertGroups, ExpertWeights, LayerStatistics
 from . import ALIGNMENT
@@ -14,16 +15,13 @@ from . import ALIGNMENT
 if TYPE_CHECKING:
     from ..layer_tokens import LayerTokens
 
-
-def check_components(options: dict) -> None:
-    """Raise ValueError for a number of components below 1."""
-    value = options["components"]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"components is {value!r}, it must be a whole number >= 1. Leave it out for 64.")
+CHECK_COMPONENTS = check_whole("components", 1, "Leave it out for 64.")
 
 
 @ALIGNMENT.register(
-    "weights_and_activations", needs=("selection_count", "gated_output_norm_sum"), check=check_components
+    "weights_and_activations",
+    needs=("selection_count", "gated_output_norm_sum"),
+    check=CHECK_COMPONENTS,
 )
 def align_by_weights_and_activations(
     weights: ExpertWeights,

@@ -3,18 +3,12 @@
 import torch
 from torch import Tensor
 
+from ..option_checks import check_whole
 from ..types import ExpertGroups
 from . import GROUPING
 from .dominant_experts import choose_dominant, group_around_dominant_experts
 
-
-def check_group_size(options: dict) -> None:
-    """Raise ValueError for a size that no group can have."""
-    value = options["group_size"]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(
-            f"group_size is {value!r}, it must be a whole number >= 0. 0 gives each expert to the most similar leader."
-        )
+CHECK_SIZE = check_whole("group_size", 0, "0 gives each expert to the most similar leader.")
 
 
 def check_capacity(num_experts: int, num_groups: int, options: dict) -> None:
@@ -27,7 +21,7 @@ def check_capacity(num_experts: int, num_groups: int, options: dict) -> None:
         )
 
 
-@GROUPING.register("pseudo_pruning", reads_similarity=True, check=check_group_size, check_sizes=check_capacity)
+@GROUPING.register("pseudo_pruning", reads_similarity=True, check=CHECK_SIZE, check_sizes=check_capacity)
 def group_by_pseudo_pruning(
     saliency: Tensor, similarity: Tensor, num_groups: int, num_partitions: int = 1, *, group_size: int = 16
 ) -> ExpertGroups:

@@ -33,4 +33,17 @@ PRESETS = {
             "fit_tokens": 32_768,
         },
     ),
+    "sub-moe": Preset(
+        paper="Sub-MoE: Efficient Mixture-of-Expert LLMs Compression via Subspace Expert Merging (Li et al., 2025)",
+        url="https://arxiv.org/abs/2506.23266",
+        notes="Its merge is the weighted average unless merging_options gives a rank: at full rank the joint SVD "
+        "changes nothing. How the budget of two layers is divided is our reading of the paper.",
+        recipe={
+            "allocation": "joint_kmeans",
+            "similarity": "output_cosine",
+            "grouping": "kmeans",
+            "alignment": None,
+            "merging": "joint_svd",
+        },
+    ),
 }
