@@ -1,5 +1,6 @@
 """The two models on which every method is tested, and what a slow reference needs to know of their layers."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,39 @@ def experts_now(model: PreTrainedModel) -> list[ExpertWeights]:
             gate, up = module.gate_up_proj.detach().double().chunk(2, dim=1)
             result.append(ExpertWeights(gate=gate, up=up, down=module.down_proj.detach().double()))
     return result
+
+
+OF_PAIRS = {"average": lambda found: sum(found) / len(found), "complete": max, "single": min}
+
+
+def slow_clusters(distance: Tensor, num_clusters: int, linkage: str = "average") -> list[list[int]]:
+    """Join the closest two clusters, measured afresh over all pairs of members, until enough are left."""
+    clusters = [[item] for item in range(len(distance))]
+    apart = distance.tolist()
+    while len(clusters) > num_clusters:
+        between = {
+            (a, b): OF_PAIRS[linkage]([apart[i][j] for i in clusters[a] for j in clusters[b]])
+            for a, b in itertools.combinations(range(len(clusters)), 2)
+        }
+        a, b = min(between, key=between.get)
+        clusters[a] = sorted(clusters[a] + clusters.pop(b))
+    return sorted(clusters)
+
+
+def slow_m_smoe_groups(seen: Seen, similarity: Tensor, num_groups: int) -> list[list[int]]:
+    """Groups of M-SMoE, the most used experts first in each: every other one joins the most similar of these."""
+    count = seen.counts()
+    ranked = sorted(range(len(count)), key=lambda e: (-count[e], e))
+    leaders = sorted(ranked[:num_groups])
+    groups = {leader: [leader] for leader in leaders}
+    for expert in sorted(ranked[num_groups:]):
+        groups[max(leaders, key=lambda leader: (similarity[expert, leader].item(), -leader))].append(expert)
+    return [groups[leader] for leader in leaders]
+
+
+def cosines(vectors: Tensor) -> Tensor:
+    """Of each pair of rows."""
+    return torch.stack([torch.stack([a @ b / (a.norm() * b.norm()) for b in vectors]) for a in vectors])
 
 
 def assert_experts_close(found: ExpertWeights, expected: ExpertWeights, **tolerance) -> None:

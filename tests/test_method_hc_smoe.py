@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 import torch
-from method_models import MODELS, NUM_EXPERTS, assert_experts_close, experts_now, method_model, seen_by_layers
+from method_models import (
+    MODELS,
+    NUM_EXPERTS,
+    assert_experts_close,
+    experts_now,
+    method_model,
+    seen_by_layers,
+    slow_clusters,
+)
 
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.accumulator import StatisticsAccumulator
@@ -16,21 +24,6 @@ from hf_mcsmoe.grouping.hierarchical import group_by_hierarchical_clustering
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.similarity.expert_outputs import mean_output_similarity
 from hf_mcsmoe.types import ExpertWeights, LayerStatistics
-
-OF_PAIRS = {"average": lambda found: sum(found) / len(found), "complete": max, "single": min}
-
-
-def slow_clusters(distance, num_clusters, linkage="average"):
-    """Join the closest two clusters, measured afresh over all pairs of members, until enough are left."""
-    clusters = [[item] for item in range(len(distance))]
-    while len(clusters) > num_clusters:
-        apart = {
-            (a, b): OF_PAIRS[linkage]([distance[i][j].item() for i in clusters[a] for j in clusters[b]])
-            for a, b in itertools.combinations(range(len(clusters)), 2)
-        }
-        a, b = min(apart, key=apart.get)
-        clusters[a] = sorted(clusters[a] + clusters.pop(b))
-    return sorted(clusters)
 
 
 def slow_leader(points, members, frequency):

@@ -2,6 +2,8 @@
 
 from .preset import Preset
 
+M_SMOE = "the groups of Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (2024)"
+
 PRESETS = {
     "hc-smoe": Preset(
         paper="Retraining-Free Merging of Sparse MoE via Hierarchical Clustering (Chen et al., 2024)",
@@ -45,5 +47,44 @@ PRESETS = {
             "alignment": None,
             "merging": "joint_svd",
         },
+    ),
+    "merge-moe": Preset(
+        paper="MergeMoE: Efficient Compression of MoE Models via Expert Output Merging (2025)",
+        url="https://arxiv.org/abs/2510.14436",
+        notes="Averages gate and up and fits down by least squares, here with a ridge: without one the paper's fit "
+        "collapses on few tokens (merging_options={'ridge': 0} is as published). alignment='weight_matching' is the "
+        "step that the paper leaves out.",
+        recipe={
+            "allocation": "uniform",
+            "similarity": "inner_weights",
+            "alignment": None,
+            "merging": "least_squares_down",
+        },
+    ),
+    "m-smoe-average": Preset(
+        paper=f"The plain mean in {M_SMOE}",
+        url="https://arxiv.org/abs/2310.01334",
+        notes="An ablation: m-smoe with all members of a group counted alike.",
+        recipe={"merging": "average"},
+    ),
+    "m-smoe-ties": Preset(
+        paper=f"TIES-Merging: Resolving Interference When Merging Models (Yadav et al., 2023) in {M_SMOE}",
+        url="https://arxiv.org/abs/2306.01708",
+        notes="m-smoe with TIES around the dominant expert; experts rarely share an ancestor, as TIES assumes.",
+        recipe={"merging": "ties"},
+    ),
+    "m-smoe-zipit": Preset(
+        paper=f"ZipIt! Merging Models from Different Tasks without Training (Stoica et al., 2023) in {M_SMOE}",
+        url="https://arxiv.org/abs/2305.03053",
+        notes="m-smoe whose members are merged neuron by neuron where activations correlate, also within one expert. "
+        "Clusters by their mean correlation instead of a damped minimum.",
+        recipe={"alignment": None, "merging": "zipit"},
+    ),
+    "m-smoe-pleas": Preset(
+        paper=f"PLeaS: Merging Models with Permutations and Least Squares (Nasery et al., 2024) in {M_SMOE}",
+        url="https://arxiv.org/abs/2407.02447",
+        notes="m-smoe with a full permutation and a regression of down on averaged activations; a partial width, "
+        "which PLeaS also has, is not possible where all experts are equally wide.",
+        recipe={"merging": "pleas"},
     ),
 }
