@@ -34,8 +34,9 @@ class Registry:
         Args:
             name: Unique in this registry.
             needs: Statistics that it reads.
-            traits: What else the pipeline must know of it; the folder's `__init__` says which there are. For all
-                folders: `check`, a function of all options (a dict) that raises ValueError for values that cannot be.
+            traits: What else the pipeline must know of it; the folder's `__init__` says which there are. `check` is
+                one in all of them: (all options of the function by name) -> None, raising ValueError for a value
+                that is not allowed.
 
         Raises:
             ValueError: `name` is taken.
@@ -98,7 +99,7 @@ class Registry:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
     def check_options(self, name: str, options: dict[str, Any]) -> None:
-        """Raise ValueError for an option that the function `name` does not have, or a value that it cannot have."""
+        """Raise ValueError for an option that the function `name` does not have, or for a value it cannot have."""
         known = self.options(name)
         for option in options:
             if option not in known:
@@ -107,7 +108,7 @@ class Registry:
                 )
         check = self.trait(name, "check")
         if check is not None:
-            check({**known, **options})
+            check(known | dict(options))
 
 
 def import_submodules(package_name: str, package_path: Any) -> None:
