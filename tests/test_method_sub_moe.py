@@ -203,6 +203,10 @@ def statistics_of(similarity):
     return LayerStatistics(9, torch.ones(len(similarity), dtype=torch.int64), sums)
 
 
+def sizes_of(statistics):
+    return [torch.zeros(len(one.selection_count)) for one in statistics]
+
+
 ALIKE, APART = torch.full((4, 4), 0.9).fill_diagonal_(1.0), torch.eye(4)
 PAIRS = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
 
@@ -220,7 +224,9 @@ PAIRS = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
 )
 def test_layers_whose_experts_differ_get_more(similarities, budgets, joint, expected):
     statistics = [statistics_of(similarity) for similarity in similarities]
-    found = allocate_by_joint_kmeans([None] * 3, budgets, statistics=statistics, seed=0, joint_layers=joint)
+    found = allocate_by_joint_kmeans(
+        sizes_of(statistics), budgets, statistics_of_layer=statistics, seed=0, joint_layers=joint
+    )
     assert found == expected
 
 
@@ -233,7 +239,7 @@ def test_every_run_of_layers_spends_its_budget_exactly_and_no_layer_goes_without
         units = vectors / vectors.norm(dim=1, keepdim=True)
         statistics.append(statistics_of(units @ units.T))
     for budgets in ([1, 1, 1, 1, 1], [2, 3, 4, 2, 1], [4, 6, 8, 5, 3]):
-        found = allocate_by_joint_kmeans([None] * 5, budgets, statistics=statistics, seed=seed)
+        found = allocate_by_joint_kmeans(sizes_of(statistics), budgets, statistics_of_layer=statistics, seed=seed)
         assert [sum(found[:2]), sum(found[2:4]), found[4]] == [sum(budgets[:2]), sum(budgets[2:4]), budgets[4]]
         assert all(1 <= kept <= size for kept, size in zip(found, (4, 6, 8, 5, 3), strict=True))
 

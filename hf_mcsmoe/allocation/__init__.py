@@ -1,7 +1,9 @@
-"""(saliency per layer, budget per layer) -> experts per layer. One file per rule.
+"""(saliency per layer, average budget per layer) -> experts per layer. One file per rule.
 
-A rule may ask for "statistics" (`LayerStatistics` of each layer) and "seed". Only one that asks for nothing is tried
-before the model runs, so one that asks must be able to spend any budget.
+A rule may ask for "statistics_of_layer", a list of `LayerStatistics`, and "seed". One that does has the trait
+
+    check_budget: (sizes N of the layers, average budgets, all options) -> None; raises ValueError for a budget that
+        cannot be spent. Of other rules the function itself is asked, with equal saliencies.
 """
 
 from ..registry import Registry, import_submodules

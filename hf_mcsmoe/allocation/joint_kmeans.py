@@ -12,16 +12,21 @@ from . import ALLOCATION
 CHECK_LAYERS = check_whole("joint_layers", 1, "1 gives each layer its own share.")
 
 
+def check_budget(sizes: list[int], budgets: list[int], options: dict) -> None:
+    """Nothing to refuse: any budget of 1 to N for each layer can be divided."""
+
+
 @ALLOCATION.register(
     "joint_kmeans",
     needs=("every_expert_count", "output_cosine_sum"),
     check=CHECK_LAYERS,
+    check_budget=check_budget,
 )
 def allocate_by_joint_kmeans(
     saliency_of_layer: list[Tensor],
     budget_of_layer: list[int],
     *,
-    statistics: list[LayerStatistics],
+    statistics_of_layer: list[LayerStatistics],
     seed: int,
     joint_layers: int = 2,
 ) -> list[int]:
@@ -34,18 +39,20 @@ def allocate_by_joint_kmeans(
     for the layer of most of its members, the earlier one under ties.
 
     Args:
-        saliency_of_layer: One (N,) tensor per layer; not used.
+        saliency_of_layer: One (N,) tensor per layer; only the sizes are used.
         budget_of_layer: How many experts each layer would keep on average; their sum over each run of layers counts.
-        statistics: Of each layer.
+        statistics_of_layer: Of each layer.
         seed: Of K-means.
         joint_layers: Layers in a run; the last run may be shorter.
 
     Returns:
         Experts per layer, at least 1; each run spends its budget exactly.
     """
+    if budget_of_layer == [len(saliency) for saliency in saliency_of_layer]:
+        return list(budget_of_layer)  # nothing to divide; streaming has no statistics then
     allotted = []
     for start in range(0, len(budget_of_layer), joint_layers):
-        rows = [output_cosine(one, None) for one in statistics[start : start + joint_layers]]
+        rows = [output_cosine(one, None) for one in statistics_of_layer[start : start + joint_layers]]
         layer_of_point = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
         cluster_of_point = kmeans(torch.block_diag(*rows), sum(budget_of_layer[start : start + joint_layers]), seed)
         allotted += clusters_of_layers(layer_of_point, cluster_of_point, len(rows))
