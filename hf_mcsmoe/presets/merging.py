@@ -87,4 +87,19 @@ PRESETS = {
         "which PLeaS also has, is not possible where all experts are equally wide.",
         recipe={"merging": "pleas"},
     ),
+    "dern": Preset(
+        paper="Dropping Experts, Recombining Neurons: Retraining-Free Pruning for Sparse Mixture-of-Experts LLMs "
+        "(Zhou et al., 2025)",
+        url="https://arxiv.org/abs/2509.10377",
+        notes="Follows a third party's implementation; threshold and norm equalisation are our reading. The router "
+        "keeps the rows of the experts that stay: rows that move with the segments are a router rule.",
+        recipe={
+            "layout": "native",
+            "allocation": "uniform",
+            "similarity": None,
+            "grouping": "drop",
+            "alignment": None,
+            "merging": "recombined_segments",
+        },
+    ),
 }
