@@ -66,13 +66,15 @@ def fit_down(
         of_members = [activations(members, member, hidden_states, tokens) for member in range(len(shares))]
         wanted = sum(s * a @ down.T for s, a, down in zip(shares, of_members, members.down, strict=True))
         found = features(hidden_states, of_members)
-        return found.T @ found, found.T @ (wanted - found @ start.T)
+        return found.T @ found, found.T @ wanted
 
     num_tokens, sums = sums_over_tokens(tokens, members.up.device, products)
     if num_tokens == 0:
         return mean
-    change = solve(*sums, ridge).T.to(start.dtype)
-    return ExpertWeights(**{**mean.tensors(), "down": (start + change)[None]})
+    gram, cross = sums
+    start = start.T.to(gram.dtype)
+    down = start + solve(gram, cross - gram @ start, ridge)
+    return ExpertWeights(**{**mean.tensors(), "down": down.T.to(mean.down.dtype)[None]})
 
 
 def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:

@@ -94,7 +94,7 @@ def slow_dern(weights, kept, frequency, threshold, iterations=10):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_preset_is_the_method(name, tokens):
     width = "intermediate_size" if name == "mixtral" else "moe_intermediate_size"
-    model, tokens, half = method_model(name, **{width: 4}), tokens[:8], NUM_EXPERTS[name] // 2
+    model, tokens, half = method_model(name, **{width: 4}), tokens[:4], NUM_EXPERTS[name] // 2
     seen = seen_by_layers(model, tokens)
     rows = [one.layer.router.weight.detach().clone() for one in seen]
     recipe = recipe_from_preset("dern", merging_options={"threshold": 0.2})

@@ -3,6 +3,8 @@
 from .preset import Preset
 
 M_SMOE = "the groups of Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (2024)"
+# Of tokens that go through all experts: 10 for each neuron of an expert that is 800 wide.
+FEW_TOKENS = 8192
 
 PRESETS = {
     "hc-smoe": Preset(
@@ -59,6 +61,7 @@ PRESETS = {
             "similarity": "inner_weights",
             "alignment": None,
             "merging": "least_squares_down",
+            "fit_tokens": FEW_TOKENS,
         },
     ),
     "m-smoe-average": Preset(
@@ -78,14 +81,14 @@ PRESETS = {
         url="https://arxiv.org/abs/2305.03053",
         notes="m-smoe whose members are merged neuron by neuron where activations correlate, also within one expert. "
         "Clusters by their mean correlation instead of a damped minimum.",
-        recipe={"alignment": None, "merging": "zipit"},
+        recipe={"alignment": None, "merging": "zipit", "fit_tokens": FEW_TOKENS},
     ),
     "m-smoe-pleas": Preset(
         paper=f"PLeaS: Merging Models with Permutations and Least Squares (Nasery et al., 2024) in {M_SMOE}",
         url="https://arxiv.org/abs/2407.02447",
         notes="m-smoe with a full permutation and a regression of down on averaged activations; a partial width, "
         "which PLeaS also has, is not possible where all experts are equally wide.",
-        recipe={"merging": "pleas"},
+        recipe={"merging": "pleas", "fit_tokens": FEW_TOKENS},
     ),
     "dern": Preset(
         paper="Dropping Experts, Recombining Neurons: Retraining-Free Pruning for Sparse Mixture-of-Experts LLMs "
