@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .modeling.offload import offloaded_state_dict
-from .publishing import write_card, write_report
+from .publishing import write_card, write_pages, write_report
 from .types import CompressionReport
 
 
@@ -50,7 +50,7 @@ def save_checkpoint(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Write model, tokenizer, report, recipe and card into a temporary folder, then rename it to `folder`."""
+    """Write model, tokenizer, report, page, recipe and card into a temporary folder, then rename it to `folder`."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_output_folder(folder, overwrite)
@@ -60,6 +60,7 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(complete)
         write_report(report, complete)
+        write_pages(complete)
         write_card(complete, repo_name=folder.name)
         if folder.exists():
             folder.rename(Path(temporary) / "old")  # removed together with the temporary folder

@@ -88,6 +88,9 @@ def compress_layer(
         widths=widths,
         refit_error_before=fitted.error_before_refit if fitted is not None else None,
         refit_error_after=fitted.error_after_refit if fitted is not None else None,
+        width_before=layer.intermediate_size,
+        rank=layout.get("rank"),
+        sparse_rows=sum(layout["num_rows"].values()) if "num_rows" in layout else None,
     )
     return report, layout
 

@@ -1,6 +1,7 @@
 """The values that flow between the steps. N slots, M stored experts, k top-k, D hidden size, I width, T tokens."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -226,6 +227,9 @@ class LayerReport:
     widths: list[int]  # neurons of each of the M experts
     refit_error_before: float | None = None  # relative_error without the refit, the refit's own view; None: no refit
     refit_error_after: float | None = None  # with it; it was dropped where this is not less
+    width_before: int | None = None  # neurons of each original expert; None: an older report
+    rank: int | None = None  # of the low-rank factors of each matrix; None: dense experts
+    sparse_rows: int | None = None  # rows of the sparse parts beside them, of all matrices and experts together
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What one run of `compress_moe` did; written as `compression_report.json`."""
+    """What one run of `compress_moe` did; written as `compression_report.json`.
+
+    `format_version` rises when a reader of the version before would misunderstand a report. A field that only adds
+    something has a default instead, which stands for "an older report does not say".
+    """
 
     recipe: dict[str, Any]
     calibration: dict[str, Any] | None
@@ -264,7 +272,30 @@ class CompressionReport:
     format_version: int = 1
     warnings: list[str] = field(default_factory=list)
     tried: list[Trial] = field(default_factory=list)  # by the preset "auto"; `recipe` is the chosen one
+    # Largest bytes in use since the process began: "process" (None where unknown) and each CUDA device, "cuda:0", ...
+    peak_memory: dict[str, int | None] | None = None
+    # By name, on the CPU, see `layer_record`: too large for JSON, in a file of their own. No part of equality.
+    statistics: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, ready for JSON."""
-        return asdict(self)
+        """Plain containers, ready for JSON; without `statistics`."""
+        values = asdict(replace(self, statistics={}))
+        del values["statistics"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CompressionReport":
+        """The report that `to_dict` gave, or that a file holds; keys that are no fields are left out.
+
+        Raises:
+            TypeError: A field without a default is missing.
+        """
+        known = _fields_of(cls, values)
+        known["layers"] = [LayerReport(**_fields_of(LayerReport, layer)) for layer in known["layers"]]
+        known["tried"] = [Trial(**_fields_of(Trial, trial)) for trial in known.get("tried", [])]
+        return cls(**known)
+
+
+def _fields_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = [one.name for one in fields(kind)]
+    return {name: values[name] for name in names if name in values}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from ..calibration import Calibration
 from ..compress import check_finite, saliency_of
 from ..layer_compression import compress_layer
 from ..layer_inputs import LayerInputs, TensorOfBlock
+from ..layer_record import record_statistics
 from ..modeling.merged_model import merged_class
 from ..outcome import count
 from ..recipe import Recipe
@@ -140,11 +142,13 @@ class StreamingRun:
             elif self.layers_of[index]:
                 collected = self.load_statistics(index)[0]
             start = time.perf_counter()
-            reports, layouts = [], {}
+            reports, layouts, recorded = [], {}, {}
             for layer in self.layers_of[index]:
-                kept = num_experts[layer.name]
-                report, layouts[layer.name] = compress_layer(layer, self.recipe, collected.pop(layer.name), kept)
+                of_layer, kept = collected.pop(layer.name), num_experts[layer.name]
+                recorded |= record_statistics(layer, self.recipe, of_layer.statistics)
+                report, layouts[layer.name] = compress_layer(layer, self.recipe, of_layer, kept)
                 reports.append(asdict(report))
+            save_file(recorded, self._record_file(index))
             start = self.summary.add_seconds("merge", start)
             written = self._write(index, stored_tensors(self.stack.modules[index], self.stack.prefix(index)))
             self.summary.add_seconds("write", start)
@@ -171,6 +175,11 @@ class StreamingRun:
         records = [record for _, record in sorted(self.journal.done("layer").items())]
         reports = [LayerReport(**report) for record in records for report in record["reports"]]
         return reports, {name: layout for record in records for name, layout in record["layouts"].items()}
+
+    def recorded_statistics(self) -> dict[str, Tensor]:
+        """What `record_statistics` gave for all compressed layers."""
+        files = [self._record_file(index) for index in sorted(self.journal.done("layer"))]
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
     def written(self) -> list[dict[str, Any]]:
         """What was written, one record a shard."""
@@ -207,6 +216,10 @@ class StreamingRun:
 
     def _statistics_file(self, index: int) -> Path:
         return self.journal.folder / f"statistics-{index:05d}.pt"
+
+    def _record_file(self, index: int) -> Path:
+        """For what report and plots need of the statistics of a decoder layer."""
+        return self.journal.folder / f"record-{index:05d}.safetensors"
 
     def _bar(self, indices: range, description: str, done: dict[int, Any]) -> Any:
         left = [index for index in indices if index not in done]
