@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..report_parts import layer_numbers
-from .style import BLUE, LIGHT_GREY, SMALL, VERMILION, new_figure, number_ticks, tidy
+from .style import BLUE, LIGHT_GREY, SMALL, VERMILION, legend_above, new_figure, number_ticks, tidy
 
 LOG_FROM = 30.0  # errors whose extremes differ by this factor are drawn on a logarithmic axis
 ERROR = "output error\n|new - old|² / |old|²"
@@ -43,9 +43,7 @@ def draw_layers(report: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> 
     tidy(axes[-1], x=what)
     number_ticks(axes[-1].xaxis, labels)
     axes[-1].set_xlim(-0.6, len(layers) - 0.4)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=SMALL
-    )
+    legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -84,9 +82,7 @@ def draw_errors(axes: Axes, places: np.ndarray, layers: list[Mapping[str, Any]])
     axes.grid(axis="y", color=LIGHT_GREY, lw=0.6)
     axes.set_axisbelow(True)
     if np.isfinite(unfitted).any():
-        axes.legend(
-            fontsize=SMALL, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98), borderaxespad=0
-        )
+        axes.legend(fontsize=SMALL, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.95))
     if not np.isfinite(errors).any():
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", fontsize=SMALL)
     tidy(axes, y=ERROR)

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..report_parts import parts_of_size
-from .style import BLUE, GREY, SMALL, new_figure, tidy
+from .style import BLUE, GREY, SMALL, legend_above, new_figure, tidy
 
 UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
@@ -23,7 +23,8 @@ def draw_sizes(report: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> F
         Its axes have four rectangles: the experts before and after, then the rest before and after.
     """
     experts, rest = parts_of_size(report)
-    unit, factor = next(((u, f) for u, f in UNITS if max(a + b for a, b in zip(experts, rest)) >= f), ("bytes", 1))
+    totals = (report["total_bytes_before"], report["total_bytes_after"])
+    unit, factor = next(((unit, factor) for unit, factor in UNITS if max(totals) >= factor), ("bytes", 1))
     figure = new_figure(height=1.75)
     axes = figure.add_subplot()
     rows = ["original", "compressed"]
@@ -31,11 +32,10 @@ def draw_sizes(report: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> F
     others = axes.barh(
         rows, [s / factor for s in rest], left=[s / factor for s in experts], color=GREY, height=0.6, label="the rest"
     )
-    totals = [a + b for a, b in zip(experts, rest, strict=True)]
     texts = [f"{totals[0] / factor:.3g} {unit}", f"{totals[1] / factor:.3g} {unit} ({totals[1] / totals[0]:.1%})"]
     axes.bar_label(others, texts, fontsize=SMALL, padding=4)
     axes.set_xlim(0, max(totals) / factor * 1.22)
     axes.invert_yaxis()
     tidy(axes, x=f"size of the parameters ({unit})")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=SMALL)
+    legend_above(figure, *axes.get_legend_handles_labels())
     return figure

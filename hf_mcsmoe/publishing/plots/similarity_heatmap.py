@@ -15,7 +15,7 @@ from ...layer_record import SIMILARITY_OF_EXPERTS
 from ...recipe_reading import recipe_from_dict
 from ..report_parts import layer_numbers
 from .expert_tree import ExpertTree, expert_tree
-from .style import BLUE, GREY, INK, MAX_LABELS, SEQUENTIAL, SMALL, VERMILION, new_figure
+from .style import BLUE, GREY, INK, MAX_LABELS, SEQUENTIAL, SMALL, VERMILION, legend_above, new_figure
 
 MAX_LAYERS = 6
 COLUMNS = 3
@@ -63,7 +63,7 @@ def draw_similarity(report: Mapping[str, Any], statistics: Mapping[str, Tensor])
     bar = figure.colorbar(maps[0].images[0], ax=maps, location="bottom", shrink=0.5, pad=0.02, aspect=40)
     bar.set_label(f"similarity: {name}; white frames: experts that became one", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
-    figure.legend(handles=legend_lines(), loc="outside upper left", ncols=2, frameon=False, fontsize=SMALL)
+    legend_above(figure, legend_lines())
     if len(chosen) < len(found):
         figure.text(0.99, 0.985, f"{len(chosen)} of {len(found)} layers", ha="right", va="top", fontsize=SMALL)
     return figure

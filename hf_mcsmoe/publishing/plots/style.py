@@ -43,6 +43,12 @@ def label(axes: Axes, *, x: str | None = None, y: str | None = None, title: str 
     axes.tick_params(labelsize=SMALL, color=GREY)
 
 
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str] | None = None) -> None:
+    """A legend over the plots, so that it hides none of them."""
+    labels = [handle.get_label() for handle in handles] if labels is None else labels
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=SMALL)
+
+
 def number_ticks(axis: Any, positions: Sequence[Any]) -> None:
     """Ticks of an axis of whole numbers 0, 1, ...: all of them if they are few, else round ones."""
     if len(positions) <= MAX_LABELS:

@@ -51,9 +51,8 @@ def draw_usage(report: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> F
     if unused:
         note = f"{unused:,} never chosen (grey)"
         axes.set_title(note, fontsize=SMALL, loc="right", color=VERMILION if unused > num_layers else INK)
-    bar = figure.colorbar(
-        image, ax=axes, extend="max" if used.size and used.max() > top else "neither", pad=0.015, aspect=40
-    )
+    extend = "max" if used.size and used.max() > top else "neither"
+    bar = figure.colorbar(image, ax=axes, extend=extend, pad=0.015, aspect=40)
     bar.set_label("selections, 1 = equal share", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     return figure
@@ -73,12 +72,5 @@ def write_values(axes: Any, values: np.ndarray, top: float) -> None:
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             colour = INK if value > 0.55 * top or value == 0 else "white"
-            axes.text(
-                column,
-                row,
-                f"{value:.2f}" if value > 0 else "0",
-                ha="center",
-                va="center",
-                fontsize=SMALL,
-                color=colour,
-            )
+            text = f"{value:.2f}" if value > 0 else "0"
+            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=colour)
