@@ -17,6 +17,7 @@ from .inspect import inspect_command
 from .plan import plan_command
 from .push import push_command
 from .recover import recover_command
+from .report import report_command
 
 BAD_INPUT = 2  # exit code
 TRACEBACK_VARIABLE = "HF_MCSMOE_TRACEBACK"
@@ -76,6 +77,7 @@ app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("compress")(compress_command)
 app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
 app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)
 # What it does not know itself are training arguments.

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from transformers.utils import cached_file
 
-from ..local_paths import without_paths
+from ..local_paths import hub_id, without_paths
 from .page_values import page_values
 from .plots import PLOTS, draw_plots, missing_matplotlib, write_plots
-from .report import read_report
-from .statistics_file import read_statistics
+from .report import REPORT_FILE, read_report
+from .statistics_file import STATISTICS_FILE, read_statistics
 
 PAGE_FILE = "compression_report.html"
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -46,6 +47,25 @@ def write_pages(folder: str | Path, output: str | Path | None = None) -> list[Pa
     write_plots(drawn, output)
     (output / PAGE_FILE).write_text(report_page(report, drawn, missing), encoding="utf-8")
     return [output / PAGE_FILE, *(output / name for name in drawn)]
+
+
+def report_folder(name: str | Path, revision: str | None = None) -> Path:
+    """Where the report of a compressed model is: its folder, or one with the files of a report from the Hub.
+
+    Args:
+        name: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        OSError: There is no such repository, no report in it, or no connection.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if hub_id(str(name)) is None:
+        raise FileNotFoundError(f"There is no folder {str(name)!r}. Give the folder or Hub id of a compressed model.")
+    cached_file(name, STATISTICS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(cached_file(name, REPORT_FILE, revision=revision)).parent
 
 
 def report_page(report: Mapping[str, Any], drawn: Mapping[str, bytes], no_plots: str | None = None) -> str:
