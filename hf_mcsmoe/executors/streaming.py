@@ -120,10 +120,9 @@ def compress_by_streaming(
             )
             summary.num_decoder_layers = len(run.stack)
             stream(run, one_pass)
-            reports, layouts = run.results()
+            reports, layouts, recorded = run.results()
             totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
-            totals["statistics"] = run.recorded_statistics()
-            conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
+            conclude(model, recipe, data, layers, reports, layouts, native=native, statistics=recorded, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
             journal.append({"step": "published", "layer": 0})
             shutil.rmtree(working / "replaced", ignore_errors=True)

@@ -170,16 +170,13 @@ class StreamingRun:
         release(self.model)
         self.prefetcher.shutdown()
 
-    def results(self) -> tuple[list[LayerReport], dict[str, Any]]:
-        """Reports and layouts of all compressed layers, in the order of the model."""
-        records = [record for _, record in sorted(self.journal.done("layer").items())]
-        reports = [LayerReport(**report) for record in records for report in record["reports"]]
-        return reports, {name: layout for record in records for name, layout in record["layouts"].items()}
-
-    def recorded_statistics(self) -> dict[str, Tensor]:
-        """What `record_statistics` gave for all compressed layers."""
-        files = [self._record_file(index) for index in sorted(self.journal.done("layer"))]
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    def results(self) -> tuple[list[LayerReport], dict[str, Any], dict[str, Tensor]]:
+        """Reports, layouts and recorded statistics of all compressed layers, in the order of the model."""
+        done = sorted(self.journal.done("layer").items())
+        reports = [LayerReport(**report) for _, record in done for report in record["reports"]]
+        layouts = {name: layout for _, record in done for name, layout in record["layouts"].items()}
+        files = [load_file(self._record_file(index)) for index, _ in done]
+        return reports, layouts, {name: tensor for file in files for name, tensor in file.items()}
 
     def written(self) -> list[dict[str, Any]]:
         """What was written, one record a shard."""
