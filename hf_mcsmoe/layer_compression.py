@@ -21,6 +21,7 @@ from .modeling.experts import install_mapped, install_native, replace_experts
 from .modeling.install_forms import install_low_rank_sparse, install_ragged
 from .modeling.offload import fetched
 from .recipe import Recipe
+from .report_types import factor_sizes
 from .routing import ROUTING
 from .sizes import expert_size, neuron_size
 from .types import ExpertGroups, ExpertWeights, LayerReport, MoeLayer
@@ -89,8 +90,7 @@ def compress_layer(
         refit_error_before=fitted.error_before_refit if fitted is not None else None,
         refit_error_after=fitted.error_after_refit if fitted is not None else None,
         width_before=layer.intermediate_size,
-        rank=layout.get("rank"),
-        sparse_rows=sum(layout["num_rows"].values()) if "num_rows" in layout else None,
+        **factor_sizes(layout),
     )
     return report, layout
 

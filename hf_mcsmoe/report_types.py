@@ -34,6 +34,12 @@ class LayerReport:
     sparse_rows: int | None = None  # rows of the sparse parts beside them, of all matrices and experts together
 
 
+def factor_sizes(layout: Mapping[str, Any]) -> dict[str, int | None]:
+    """`rank` and `sparse_rows` of a layer's report, from its entry in the layout of a mapped checkpoint."""
+    rows = layout.get("num_rows")
+    return {"rank": layout.get("rank"), "sparse_rows": None if rows is None else sum(rows.values())}
+
+
 @dataclass(frozen=True)
 class Trial:
     """One recipe that the preset "auto" considered, and what it did to the model; plain values, ready for JSON."""

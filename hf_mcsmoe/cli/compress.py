@@ -66,6 +66,7 @@ def compress_command(
     )
     show(result.compression_report)
     show_loading(output, recipe.layout)
+    typer.echo(f"Report with plots: {output / 'compression_report.html'}")
 
 
 def show_plan(planned: "ModelPlan") -> None:
