@@ -44,6 +44,7 @@ def test_a_report_is_read():
     assert sum(kept) == 32
 
 
+@pytest.mark.slow
 def test_a_large_model_is_streamed(tmp_path):
     printed = run(str(EXAMPLES / "stream_a_large_model.py"), "--output", str(tmp_path / "half"), "--num-samples", "16")
     assert re.search(r"planned: 5,6\d\d,\d{3} -> 3,\d{3},\d{3} bytes", printed)
