@@ -21,7 +21,6 @@ from .executors.in_memory import reached
 from .executors.kept_inputs import collect_first, visits
 from .families import find_layers, reading_part, tied_layers
 from .layer_compression import compress_layer, follow
-from .layer_record import record_statistics
 from .layouts import budget_of_layer, check_layout, native_target, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .modeling.offload import fetched
@@ -217,11 +216,11 @@ def compress_in_memory(
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     reports: dict[str, LayerReport] = {}
     layouts: dict[str, Any] = {}
-    kept: dict[str, Tensor] = {}
+    statistics_kept: dict[str, Tensor] = {}
     todo = visits(model, layers, tied, data, recipe, collected)
     for layer, of_layer in tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2):
-        kept |= record_statistics(layer, recipe, of_layer.statistics)
-        report, layout = compress_layer(layer, recipe, of_layer, allotted[layer])
+        report, layout, recorded = compress_layer(layer, recipe, of_layer, allotted[layer])
+        statistics_kept |= recorded
         reports[layer.name], layouts[layer.name] = report, layout
         for other in [other for other, first in tied.items() if first is layer]:
             follow(other, layer, report, layout, recipe)
@@ -230,7 +229,7 @@ def compress_in_memory(
         model.tie_weights()
     layouts = {layer.name: layouts[layer.name] for layer in found if layer.name in layouts}
     in_order = [reports[layer.name] for layer in layers]
-    how = {"native": native, "before": before, "start": start, "warnings": warnings, "statistics": kept}
+    how = {"native": native, "before": before, "start": start, "warnings": warnings, "statistics": statistics_kept}
     conclude(model, recipe, data, layers, in_order, layouts, **how)
     return model.compression_report
 

@@ -10,12 +10,11 @@ from safetensors import safe_open
 from synthetic_reports import synthetic_report
 
 from hf_mcsmoe import Recipe, compress_moe, peak_memory
+from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.executors.in_memory import collect_statistics
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.layer_record import record_statistics
 from hf_mcsmoe.publishing import STATISTICS_FILE, read_report, read_statistics, write_report, write_statistics
 from hf_mcsmoe.recipe_reading import recipe_from_dict, recipe_from_preset
-from hf_mcsmoe.similarity import SIMILARITY
 from hf_mcsmoe.types import CompressionReport
 
 # What reports had before these fields were added.
@@ -88,47 +87,23 @@ def test_damaged_statistics_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["m-smoe", "frequency"])
-def test_counts_and_similarities_of_the_calibration_tokens_are_recorded(preset, original, tokens):
-    from hf_mcsmoe.calibration import load_calibration
-
+def test_counts_and_similarities_of_the_calibration_tokens_are_recorded(preset, original, compress, tokens):
     model, recipe = original("qwen3_moe"), recipe_from_preset(preset)
-    layer = find_layers(model)[1]
+    layer = find_layers(model)[1].name
     data = load_calibration(tokens, None, seed=recipe.seed)
-    needs = recipe.statistics_needed()
-    statistics = collect_statistics(model, find_layers(model), data, needs, progress=False)[0][layer.name]
-    recorded = record_statistics(layer, recipe, statistics)
-    count = recorded.pop(f"{layer.name}.selection_count")
-    assert count.dtype == torch.int64 and count.sum() == 2 * statistics.num_tokens
+    needs = frozenset({"logit_gram"})
+    statistics = collect_statistics(model, find_layers(model), data, needs, progress=False)[0][layer]
+    recorded = compress(model, preset=preset).compression_report.statistics
+    count = recorded[f"{layer}.selection_count"]
+    assert count.dtype == torch.int64 and torch.equal(count, statistics.selection_count)
+    assert count.sum() == 2 * statistics.num_tokens
     if recipe.similarity is None:
-        assert recorded == {}
+        assert {name.split(".")[-1] for name in recorded} == {"selection_count"}
         return
-    (similarity,) = recorded.values()
-    norm = statistics.logit_gram.diagonal().sqrt()
+    gram, similarity = statistics["logit_gram"], recorded[f"{layer}.similarity"]
+    norm = gram.diagonal().sqrt()
     assert similarity.dtype == torch.float32 and similarity.shape == (8, 8)
-    assert torch.allclose(similarity.double(), statistics.logit_gram / norm[:, None] / norm, atol=1e-6)
-
-
-def test_a_similarity_of_weights_gets_the_weights(original):
-    def of_weights(statistics, weights):  # noqa: ARG001
-        flat = weights.down.double().flatten(1)
-        return flat @ flat.T
-
-    model = original("mixtral")
-    layer = find_layers(model)[0]
-    statistics = synthetic_statistics(layer.num_slots)
-    SIMILARITY.register("of weights", needs=("weights",))(of_weights)
-    try:
-        recorded = record_statistics(layer, Recipe(similarity="of weights"), statistics)
-    finally:
-        del SIMILARITY._entries["of weights"], SIMILARITY._needs["of weights"]
-    down = layer.experts.down_proj.detach().double().flatten(1)
-    assert torch.allclose(recorded[f"{layer.name}.similarity"].double(), down @ down.T, rtol=1e-6)
-
-
-def synthetic_statistics(num_slots):
-    from hf_mcsmoe.types import LayerStatistics
-
-    return LayerStatistics(num_tokens=4, selection_count=torch.ones(num_slots, dtype=torch.int64))
+    assert torch.allclose(similarity.double(), gram / norm[:, None] / norm, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"allocation": "global_usage"}], ids=str)

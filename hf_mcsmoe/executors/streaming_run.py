@@ -16,15 +16,15 @@ from ..calibration import Calibration
 from ..compress import check_finite, saliency_of
 from ..layer_compression import compress_layer
 from ..layer_inputs import LayerInputs, TensorOfBlock
-from ..layer_record import record_statistics
 from ..modeling.merged_model import merged_class
 from ..outcome import count
 from ..recipe import Recipe
 from ..types import LayerReport, LayerStatistics, MoeLayer
 from .decoder_stack import DecoderStack
 from .hidden_states import HiddenStates
-from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
+from .in_memory import Collected, collect
 from .journal import Journal
+from .kept_inputs import amounts
 from .output_shards import OutputShards
 from .shards import Shards
 from .skeleton import load_tensors, release, stored_tensors, tied_names
@@ -145,9 +145,9 @@ class StreamingRun:
             reports, layouts, recorded = [], {}, {}
             for layer in self.layers_of[index]:
                 of_layer, kept = collected.pop(layer.name), num_experts[layer.name]
-                recorded |= record_statistics(layer, self.recipe, of_layer.statistics)
-                report, layouts[layer.name] = compress_layer(layer, self.recipe, of_layer, kept)
+                report, layouts[layer.name], found = compress_layer(layer, self.recipe, of_layer, kept)
                 reports.append(asdict(report))
+                recorded |= found
             save_file(recorded, self._record_file(index))
             start = self.summary.add_seconds("merge", start)
             written = self._write(index, stored_tensors(self.stack.modules[index], self.stack.prefix(index)))
@@ -238,7 +238,7 @@ class StreamingRun:
     def _forward(self, index: int) -> dict[str, Collected]:
         """What a forward leaves of the MoE layers in decoder layer `index`; its outputs replace the hidden states."""
         start = time.perf_counter()
-        needs = self.recipe.statistics_needed() - {"weights"}
+        needs = self.recipe.statistics_needed()
         with self.hidden_states.written(index) as writer, self.stack.only(index) as run:
 
             def forward(position: int, inputs: dict[str, Any]) -> None:
@@ -255,8 +255,7 @@ class StreamingRun:
                 seed=self.recipe.seed,
                 progress=False,
                 forward=forward,
-                held_out_tokens=FIT_HELD_OUT_TOKENS if self.recipe.needs_inputs else HELD_OUT_TOKENS,
-                calibration_tokens=self.recipe.fit_tokens if self.recipe.needs_inputs else 0,
+                **amounts(self.recipe, keeps_tokens=True),
             )
         self.summary.add_seconds("forward", start)
         self.summary.bytes_written += writer.num_bytes
