@@ -80,6 +80,8 @@ class CompressionReport:
     format_version: int = 1
     warnings: list[str] = field(default_factory=list)
     tried: list[Trial] = field(default_factory=list)  # by the preset "auto"; `recipe` is the chosen one
+    active_parameters_before: int | None = None  # of a token, see `sizes.measure`; None: an older report
+    active_parameters_after: int | None = None  # the same at most, on average where experts differ in width
     # Largest bytes in use since the process began: "process" (None where unknown) and each CUDA device, "cuda:0", ...
     peak_memory: dict[str, int | None] | None = None
     # By name, on the CPU, see `layer_record`: too large for JSON, in a file of their own. No part of equality.

@@ -19,7 +19,7 @@ from hf_mcsmoe.types import CompressionReport
 
 # What reports had before these fields were added.
 NEW_IN_LAYER = ("width_before", "rank", "sparse_rows")
-NEW = ("peak_memory", "tried")
+NEW = ("peak_memory", "tried", "active_parameters_before", "active_parameters_after")
 
 
 def older(report):

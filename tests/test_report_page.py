@@ -11,9 +11,10 @@ from synthetic_reports import HOSTILE, TRIALS, synthetic_report
 from test_publishing import EVALUATION
 from test_report import older
 
+from hf_mcsmoe.evaluation import DomainScore, Evaluation
 from hf_mcsmoe.publishing import PAGE_FILE, read_report, recipe_yaml, write_card, write_pages, write_report
 from hf_mcsmoe.publishing import page as page_module
-from hf_mcsmoe.publishing.page_values import flattened
+from hf_mcsmoe.publishing.page_scores import flattened
 from hf_mcsmoe.recipe_reading import recipe_from_dict
 
 VOID = ("meta", "img", "br")
@@ -122,7 +123,8 @@ def test_scores_on_the_page_are_those_of_the_report(tmp_path):
     assert [row[0] for row in rows] == list(expected)
     for row, score in zip(rows, expected.values(), strict=True):
         assert number(row[1]) == score["tokens"] and row[3] == f"{score['perplexity']:.4g}"
-        assert row[5] == f"{score['kl']:.4f}" and row[6] == f"{score['top1_agreement']:.1%}"
+        assert row[5] == f"{score['loss'] - score['baseline_loss']:+.4f}"
+        assert row[6] == f"{score['kl']:.4f}" and row[7] == f"{score['top1_agreement']:.1%}"
         assert row[4].startswith(f"{score['loss']:.4f}")
     assert "Not evaluated" not in page.text["Quality"]
 
@@ -138,6 +140,30 @@ def test_whatever_else_was_measured_is_shown(tmp_path):
     ]
     assert "lm eval" not in page.tables
     assert flattened({"a": [1, 2.5], "b": None, "c": True}) == [["a", "1, 2.5"], ["b", "not measured"], ["c", "yes"]]
+
+
+def test_intervals_stand_beside_their_numbers(tmp_path):
+    evaluation = {**EVALUATION.to_dict(), "confidence": 0.95, "kl_top_k": 64, "baseline": "lab/big"}
+    evaluation["overall"] |= {
+        "loss_increase_interval": {"low": 0.125, "high": 0.25},
+        "kl_interval": {"low": 0.0625, "high": 0.1875},
+        "top1_agreement_interval": None,
+    }
+    evaluation["generation"] = {"repetition": {"value": {"value": 0.5, "interval": {"low": 0.25, "high": 0.75}}}}
+    page = page_of(tmp_path, synthetic_report(1, 4), evaluation)
+    assert page.tables["Quality"][-1][5:] == ["+0.2000 [+0.1250, +0.2500]", "0.1250 [0.0625, 0.1875]", "81.2%"]
+    assert page.tables["generation"][1:] == [["repetition, value", "0.5 [0.25, 0.75]"]]
+    for note in ("95% confidence", "over the 64 tokens", "Base model: lab/big."):
+        assert note in page.text["Quality"]
+    alone = DomainScore(1201, 2.1, 0.05, 8.0)
+    page = page_of(tmp_path, synthetic_report(1, 4), Evaluation({"code": alone}, alone))
+    assert page.tables["Quality"][1][2] == "not evaluated" == page.tables["Quality"][1][7]
+
+
+def test_active_parameters_are_shown_where_they_are_known(tmp_path):
+    report = synthetic_report(1, 4, active_parameters_before=2_000_000, active_parameters_after=1_500_000)
+    page = page_of(tmp_path, report)
+    assert page.tables["Sizes"][2] == ["parameters that a token uses", "2,000,000", "1,500,000", "75.0%"]
 
 
 def test_what_was_not_evaluated_says_so(tmp_path):

@@ -1,29 +1,18 @@
 """What the report page shows, as texts and tables, from the plain values of the report."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..recipe import PRESETS, STEPS, Recipe
 from ..recipe_reading import recipe_from_dict
 from .card_text import CALIBRATION_LABELS, NOT_EVALUATED, NOT_MEASURED, count, size
+from .page_scores import more_scores, scores_table
+from .page_table import Table, plain, words
 from .report import recipe_yaml
 from .report_parts import layer_numbers, parts_of_size
 
 ARROW = " → "
-SCORES_SHOWN = ("domains", "overall", "sources")
 DEVICES = {"process": "largest resident memory of the process"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; the first column is text, the others are numbers unless `is_text`."""
-
-    columns: list[str]
-    rows: list[list[str]]
-    is_text: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def page_values(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,8 +28,8 @@ def page_values(report: Mapping[str, Any]) -> dict[str, Any]:
         "lead": _lead(report, recipe),
         "tiles": _tiles(report, scores),
         "sizes": _sizes(report),
-        "scores": _scores(scores) if scores else None,
-        "more_scores": _more_scores(scores) if scores else [],
+        "scores": scores_table(scores) if scores else None,
+        "more_scores": more_scores(scores) if scores else [],
         "recovery": _recovery(report.get("recovery")),
         "layers": _layers(report),
         "trials": _trials(report.get("tried") or []),
@@ -86,15 +75,18 @@ def _tiles(report: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[
         tiles.append(("loss increase", NOT_EVALUATED, "against the base model"))
     else:
         increase = overall["loss"] - overall["baseline_loss"]
-        tiles.append(("loss increase", f"{increase:+.4f}", f"nats per token; KL {overall['kl']:.4f}"))
+        kl = "" if overall.get("kl") is None else f"; KL {overall['kl']:.4f}"
+        tiles.append(("loss increase", f"{increase:+.4f}", f"nats per token{kl}"))
     return tiles
 
 
 def _sizes(report: Mapping[str, Any]) -> Table:
     experts, rest = parts_of_size(report)
     totals = [(report[f"total_{what}_before"], report[f"total_{what}_after"]) for what in ("parameters", "bytes")]
+    active = (report.get("active_parameters_before"), report.get("active_parameters_after"))
     rows = [
         _before_after("parameters", totals[0], count),
+        *([] if None in active else [_before_after("parameters that a token uses", active, count)]),
         _before_after("bytes", totals[1], size),
         _before_after("bytes of experts in compressed layers", experts, size),
         _before_after("bytes of the rest", rest, size),
@@ -107,74 +99,11 @@ def _before_after(label: str, numbers: tuple[int, int], written: Any) -> list[st
     return [label, written(before), written(after), f"{after / before:.1%}" if before else "-"]
 
 
-def _scores(scores: Mapping[str, Any]) -> Table:
-    columns = [
-        "domain",
-        "tokens",
-        "perplexity of the base model",
-        "perplexity",
-        "loss (nats)",
-        "KL (nats)",
-        "same top-1",
-    ]
-    rows = []
-    for name, score in [*scores["domains"].items(), ("all", scores["overall"])]:
-        base, error, kl, agreement = (
-            score.get(key) for key in ("baseline_loss", "loss_standard_error", "kl", "top1_agreement")
-        )
-        rows.append(
-            [
-                name,
-                count(score["tokens"]),
-                NOT_EVALUATED if base is None else f"{math.exp(min(base, 700.0)):.4g}",
-                f"{score['perplexity']:.4g}",
-                f"{score['loss']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
-                NOT_EVALUATED if kl is None else f"{kl:.4f}",
-                NOT_EVALUATED if agreement is None else f"{agreement:.1%}",
-            ]
-        )
-    notes = [f"{name}: {source}" for name, source in scores.get("sources", {}).items()]
-    return Table(columns, rows, notes=notes)
-
-
-def _more_scores(scores: Mapping[str, Any]) -> list[tuple[str, Table]]:
-    """Everything else that was measured, as names and values."""
-    more = {name: value for name, value in scores.items() if name not in SCORES_SHOWN and value not in (None, {}, [])}
-    return [(_words(name), Table(["", "value"], flattened(value))) for name, value in more.items()]
-
-
-def flattened(value: Any, name: str = "") -> list[list[str]]:
-    """Nested values as rows (path, value); floats with six digits."""
-    if isinstance(value, Mapping):
-        return [row for key, item in value.items() for row in flattened(item, f"{name}, {key}" if name else str(key))]
-    if isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
-        return [row for place, item in enumerate(value) for row in flattened(item, f"{name} {place + 1}".strip())]
-    return [[_words(name), _plain(value)]]
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return NOT_MEASURED
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return count(value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
-    return str(value)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _recovery(recovery: Mapping[str, Any] | None) -> Table | None:
     if not recovery:
         return None
     before, after = recovery["held_out_before"], recovery["held_out_after"]
-    rows = [[_words(name), f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in before if name in after]
+    rows = [[words(name), f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in before if name in after]
     note = f"{count(recovery['steps'])} steps; teacher {recovery['teacher']}. Output errors of layers are from before."
     return Table(["nats per predicted token", "before", "after"], rows, notes=[note])
 
@@ -239,7 +168,7 @@ def _trials(trials: list[Mapping[str, Any]]) -> Table | None:
 def _calibration(calibration: Mapping[str, Any] | None) -> Table:
     if not calibration:
         return Table(["", ""], [["calibration data", "none is recorded"]], is_text=True)
-    rows = [[CALIBRATION_LABELS.get(key, _words(key)), _plain(value)] for key, value in calibration.items()]
+    rows = [[CALIBRATION_LABELS.get(key, words(key)), plain(value)] for key, value in calibration.items()]
     return Table(["", ""], rows, is_text=True)
 
 

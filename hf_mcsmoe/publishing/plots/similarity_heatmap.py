@@ -15,7 +15,7 @@ from ...layer_record import SIMILARITY_OF_EXPERTS
 from ...recipe_reading import recipe_from_dict
 from ..report_parts import layer_numbers
 from .expert_tree import ExpertTree, expert_tree
-from .style import BLUE, GREY, INK, MAX_LABELS, SEQUENTIAL, SMALL, VERMILION, legend_above, new_figure
+from .style import BLUE, GREY, INK, MAX_LABELS, SEQUENTIAL, SMALL, VERMILION, WIDTH, legend_above, new_figure
 
 MAX_LAYERS = 6
 COLUMNS = 3
@@ -44,7 +44,8 @@ def draw_similarity(report: Mapping[str, Any], statistics: Mapping[str, Tensor])
     chosen = [found[place] for place in evenly_spaced(len(found))]
     columns = min(COLUMNS, len(chosen)) if len(chosen) != 4 else 2
     rows = -(-len(chosen) // columns)
-    figure = new_figure(height=0.55 + rows * 8.0 / columns * 1.2)
+    width = WIDTH if columns > 1 else 0.6 * WIDTH
+    figure = new_figure(0.55 + rows * width / columns * 1.2, width)
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[1, 3.4] * rows)
     apart = np.concatenate([similarity[~np.eye(len(similarity), dtype=bool)] for _, _, similarity in chosen])
     limits = {"vmin": float(apart.min()), "vmax": float(apart.max())}
@@ -82,10 +83,15 @@ def legend_lines() -> list[Line2D]:
     ]
 
 
+def line_width(num_experts: int) -> float:
+    """Points: lines must not hide the cells and gaps between them."""
+    return float(np.clip(64 / num_experts, 0.3, 1.0))
+
+
 def draw_tree(axes: Axes, tree: ExpertTree, title: str, has_label: bool) -> None:
     """The dendrogram above a map, with the same places."""
     colours = [VERMILION if within else GREY for within in tree.is_within_group]
-    axes.add_collection(LineCollection(list(tree.links), colors=colours, linewidths=0.8))
+    axes.add_collection(LineCollection(list(tree.links), colors=colours, linewidths=line_width(len(tree.order))))
     lowest, highest = min(0.0, tree.links[:, :, 1].min()), tree.links[:, :, 1].max()
     axes.set_ylim(lowest, highest * 1.05 if highest > 0 else 1.0)
     axes.set_title(title, fontsize=SMALL + 1, loc="left", parse_math=False)
@@ -100,14 +106,15 @@ def draw_map(
     axes: Axes, tree: ExpertTree, similarity: np.ndarray, groups: np.ndarray, limits: Mapping[str, float]
 ) -> None:
     """The similarities in the order of the tree, with a frame around each group of several."""
+    num_experts = len(groups)
     ordered = similarity[np.ix_(tree.order, tree.order)]
     axes.imshow(ordered, cmap=SEQUENTIAL, interpolation="nearest", aspect="auto", **limits)
     for group in np.unique(groups[groups >= 0]):
         places = np.flatnonzero(groups[tree.order] == group)
         if len(places) > 1:
             corner = (places[0] - 0.5, places[0] - 0.5)
-            axes.add_patch(Rectangle(corner, len(places), len(places), fill=False, edgecolor="white", lw=1.0))
-    num_experts = len(groups)
+            thin = line_width(num_experts)
+            axes.add_patch(Rectangle(corner, len(places), len(places), fill=False, edgecolor="white", lw=thin))
     if num_experts <= MAX_LABELS:
         axes.set_xticks(range(num_experts), labels=tree.order, color=INK)
         axes.set_yticks(range(num_experts), labels=tree.order, color=INK)

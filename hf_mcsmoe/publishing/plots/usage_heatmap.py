@@ -33,7 +33,7 @@ def draw_usage(report: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> F
     shares = relative_usage(layers)
     num_layers, num_experts = shares.shape
     is_small = num_experts <= MAX_LABELS and num_layers <= MAX_LABELS
-    figure = new_figure(height=min(9.0, 1.3 + num_layers * (0.32 if is_small else 0.14)))
+    figure = new_figure(height=min(9.0, max(2.3, 1.3 + num_layers * (0.32 if is_small else 0.14))))
     axes = figure.add_subplot()
     used = shares[shares > 0]
     top = max(1.0, float(np.percentile(used, SHOWN_PERCENTILE))) if used.size else 1.0
