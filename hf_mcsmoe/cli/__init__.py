@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from .cache_teacher import cache_teacher_command
 from .calibrate import calibrate_command
+from .compare import compare_command
 from .compress import compress_command
 from .demo import demo_command
 from .evaluate import evaluate_command
@@ -79,6 +80,7 @@ app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
+app.command("compare")(compare_command)
 app.command("evaluate")(evaluate_command)
 app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)
