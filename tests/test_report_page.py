@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from synthetic_reports import HOSTILE, TRIALS, synthetic_report
+from synthetic_reports import HOSTILE, TRIALS, WIDTH, synthetic_report
 from test_publishing import EVALUATION
 from test_report import older
 
@@ -91,6 +91,8 @@ def test_sizes_on_the_page_are_those_of_the_report(tmp_path):
 
 def test_layers_on_the_page_are_those_of_the_report(tmp_path):
     page = page_of(tmp_path, synthetic_report(3, 6, narrowed=True))
+    neurons = sum(sum(layer["widths"]) for layer in read_report(tmp_path)["layers"])
+    assert f"18 → 10 experts with {18 * WIDTH} → {neurons} neurons in 3 MoE layers" in "".join(page.text.values())
     header, *rows = page.tables["Layers"]
     assert "rank" not in header  # no layer has one
     for position, (row, layer) in enumerate(zip(rows, read_report(tmp_path)["layers"], strict=True)):
@@ -122,7 +124,7 @@ def test_scores_on_the_page_are_those_of_the_report(tmp_path):
     expected = {**scores["domains"], "all": scores["overall"]}
     assert [row[0] for row in rows] == list(expected)
     for row, score in zip(rows, expected.values(), strict=True):
-        assert number(row[1]) == score["tokens"] and row[3] == f"{score['perplexity']:.4g}"
+        assert number(row[1]) == score["tokens"] and row[3] == f"{score['perplexity']:,.2f}"
         assert row[5] == f"{score['loss'] - score['baseline_loss']:+.4f}"
         assert row[6] == f"{score['kl']:.4f}" and row[7] == f"{score['top1_agreement']:.1%}"
         assert row[4].startswith(f"{score['loss']:.4f}")

@@ -22,8 +22,8 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
             [
                 name,
                 count(score["tokens"]),
-                NOT_EVALUATED if base is None else f"{math.exp(min(base, 700.0)):.4g}",
-                f"{score['perplexity']:.4g}",
+                NOT_EVALUATED if base is None else _perplexity(math.exp(min(base, 700.0))),
+                _perplexity(score["perplexity"]),
                 f"{score['loss']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
                 _with_interval(increase, score.get("loss_increase_interval"), "{:+.4f}"),
                 _with_interval(score.get("kl"), score.get("kl_interval"), "{:.4f}"),
@@ -31,6 +31,10 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
             ]
         )
     return Table(columns, rows, notes=_about_scores(scores))
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.4g}"
 
 
 def _with_interval(value: float | None, interval: Mapping[str, float] | None, form: str) -> str:

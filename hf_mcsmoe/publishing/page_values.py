@@ -1,5 +1,6 @@
 """What the report page shows, as texts and tables, from the plain values of the report."""
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from .card_text import CALIBRATION_LABELS, NOT_EVALUATED, NOT_MEASURED, count, s
 from .page_scores import more_scores, scores_table
 from .page_table import Table, plain, words
 from .report import recipe_yaml
-from .report_parts import layer_numbers, parts_of_size
+from .report_parts import layer_numbers, neurons_of_layers, parts_of_size
 
 ARROW = " → "
 DEVICES = {"process": "largest resident memory of the process"}
@@ -48,9 +49,13 @@ def model_name(report: Mapping[str, Any]) -> str:
 def _lead(report: Mapping[str, Any], recipe: Recipe) -> dict[str, str | None]:
     layers = report["layers"]
     before, after = (sum(layer[f"num_experts_{time}"] for layer in layers) for time in ("before", "after"))
+    experts = f"{count(before)}{ARROW}{count(after)} experts"
+    neurons = neurons_of_layers(layers)
+    if neurons is not None:
+        experts += f" with {ARROW.join(count(sum(numbers)) for numbers in neurons)} neurons"
     preset = PRESETS.get(recipe.preset)
     return {
-        "experts": f"{count(before)}{ARROW}{count(after)} experts in {count(len(layers))} MoE layers",
+        "experts": f"{experts} in {count(len(layers))} MoE layers",
         "architecture": report["base_architecture"],
         "layout": recipe.layout,
         "preset": recipe.preset,
@@ -68,7 +73,7 @@ def _tiles(report: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[
         tiles.append((label, f"{after / before:.1%}", f"{written(before)}{ARROW}{written(after)}"))
     errors = [layer["relative_error"] for layer in report["layers"] if layer["relative_error"] is not None]
     worst = f"largest {max(errors):.3g}" if errors else "no held-out tokens"
-    median = f"{sorted(errors)[len(errors) // 2]:.3g}" if errors else NOT_MEASURED
+    median = f"{statistics.median(errors):.3g}" if errors else NOT_MEASURED
     tiles.append(("median output error of a layer", median, worst))
     overall = (scores or {}).get("overall") or {}
     if overall.get("baseline_loss") is None:

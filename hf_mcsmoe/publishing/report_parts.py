@@ -25,3 +25,12 @@ def layer_numbers(report: Mapping[str, Any]) -> tuple[list[str], str]:
         if len(differing) == 1 and all(part.isdigit() for part in differing[0]):
             return list(differing[0]), "decoder layer"
     return [str(position) for position in range(len(parts))], "position of the MoE layer"
+
+
+def neurons_of_layers(layers: list[Mapping[str, Any]]) -> tuple[list[int], list[int]] | None:
+    """Neurons of each layer's experts before and after; None if no expert was narrowed, or the report does not say."""
+    widths = [(layer.get("width_before"), layer["widths"]) for layer in layers]
+    if all(before is None or all(width == before for width in after) for before, after in widths):
+        return None
+    before = [layer["num_experts_before"] * (layer.get("width_before") or 0) for layer in layers]
+    return before, [sum(layer["widths"]) for layer in layers]

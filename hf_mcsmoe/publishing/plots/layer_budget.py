@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..report_parts import layer_numbers
+from ..report_parts import layer_numbers, neurons_of_layers
 from .style import BLUE, LIGHT_GREY, SMALL, VERMILION, legend_above, new_figure, number_ticks, tidy
 
 LOG_FROM = 30.0  # errors whose extremes differ by this factor are drawn on a logarithmic axis
@@ -45,15 +45,6 @@ def draw_layers(report: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> 
     axes[-1].set_xlim(-0.6, len(layers) - 0.4)
     legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure
-
-
-def neurons_of_layers(layers: list[Mapping[str, Any]]) -> tuple[list[int], list[int]] | None:
-    """Neurons of each layer's experts before and after; None if no expert was narrowed, or the report does not say."""
-    widths = [(layer.get("width_before"), layer["widths"]) for layer in layers]
-    if all(before is None or all(width == before for width in after) for before, after in widths):
-        return None
-    before = [layer["num_experts_before"] * (layer.get("width_before") or 0) for layer in layers]
-    return before, [sum(layer["widths"]) for layer in layers]
 
 
 def draw_bars(axes: Axes, places: np.ndarray, before: list[int], after: list[int], what: str) -> None:
