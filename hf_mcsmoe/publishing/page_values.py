@@ -141,13 +141,13 @@ def _or(value: float | None, form: str, otherwise: str) -> str:
 
 
 def _widths(layer: Mapping[str, Any]) -> str:
-    """Neurons of an expert, before and after: one number, or the least and the most."""
+    """Neurons of an expert, before and after where that differs: one number, or the least and the most."""
     widths = layer["widths"]
     now = "-" if not widths else count(min(widths))
     if widths and max(widths) != min(widths):
         now += f" to {count(max(widths))}"
     before = layer.get("width_before")
-    return now if before is None else f"{count(before)}{ARROW}{now}"
+    return now if before is None or now == count(before) else f"{count(before)}{ARROW}{now}"
 
 
 def _rank(layer: Mapping[str, Any]) -> str:
