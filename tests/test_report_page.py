@@ -136,7 +136,7 @@ def test_whatever_else_was_measured_is_shown(tmp_path):
     report["evaluation"]["smoke_check"] = {"model": {"eos_rate": 0.1234567, "tokens": 4096}, "runs": [{"a": 1}]}
     page = page_of(tmp_path, report)
     assert page.tables["smoke check"][1:] == [
-        ["model, eos rate", "0.123457"],
+        ["model, eos rate", "0.1235"],
         ["model, tokens", "4,096"],
         ["runs 1, a", "1"],
     ]
@@ -151,10 +151,16 @@ def test_intervals_stand_beside_their_numbers(tmp_path):
         "kl_interval": {"low": 0.0625, "high": 0.1875},
         "top1_agreement_interval": None,
     }
-    evaluation["generation"] = {"repetition": {"value": {"value": 0.5, "interval": {"low": 0.25, "high": 0.75}}}}
+    estimate = {"value": 0.5, "interval": {"low": 0.25, "high": 0.75}}
+    repetition = {"value": estimate, "baseline": {"value": 0.125, "interval": None}, "increase": None}
+    evaluation["generation"] = {"prompts": 16, "repetition": repetition, "same_prefix": estimate}
     page = page_of(tmp_path, synthetic_report(1, 4), evaluation)
     assert page.tables["Quality"][-1][5:] == ["+0.2000 [+0.1250, +0.2500]", "0.1250 [0.0625, 0.1875]", "81.2%"]
-    assert page.tables["generation"][1:] == [["repetition, value", "0.5 [0.25, 0.75]"]]
+    assert page.tables["generation"] == [
+        ["", "base model", "this model", "increase"],
+        ["repetition", "0.125", "0.5 [0.25, 0.75]", "not measured"],
+    ]
+    assert "prompts: 16" in page.text["generation"] and "same prefix: 0.5 [0.25, 0.75]" in page.text["generation"]
     for note in ("95% confidence", "over the 64 tokens", "Base model: lab/big."):
         assert note in page.text["Quality"]
     alone = DomainScore(1201, 2.1, 0.05, 8.0)

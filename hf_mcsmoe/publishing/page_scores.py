@@ -8,6 +8,8 @@ from .card_text import NOT_EVALUATED, count
 from .page_table import Table, plain, words
 
 SCORES_SHOWN = ("domains", "overall", "sources", "baseline", "confidence", "kl_top_k")  # by `scores_table`
+# What an evaluation of two models calls a number of both, and what the columns are called.
+COMPARED = {"baseline": "base model", "value": "this model", "increase": "increase"}
 
 
 def scores_table(scores: Mapping[str, Any]) -> Table:
@@ -61,15 +63,27 @@ def _about_scores(scores: Mapping[str, Any]) -> list[str]:
 
 
 def more_scores(scores: Mapping[str, Any]) -> list[tuple[str, Table]]:
-    """Everything else that was measured, as names and values."""
+    """Everything else that was measured: what compares both models in columns, the rest as names and values."""
     more = {name: value for name, value in scores.items() if name not in SCORES_SHOWN and value not in (None, {}, [])}
-    return [(words(name), Table(["", "value"], flattened(value))) for name, value in more.items()]
+    return [(words(name), _more(value)) for name, value in more.items()]
+
+
+def _more(value: Any) -> Table:
+    compared = {}
+    if isinstance(value, Mapping):
+        compared = {name: one for name, one in value.items() if isinstance(one, Mapping) and set(one) == set(COMPARED)}
+    if not compared:
+        return Table(["", "value"], flattened(value))
+    rows = [[words(name), *(flattened(one[column])[0][1] for column in COMPARED)] for name, one in compared.items()]
+    others = {name: one for name, one in value.items() if name not in compared}
+    notes = [": ".join(row) for row in flattened(others)] if others else []
+    return Table(["", *COMPARED.values()], rows, notes=notes)
 
 
 def flattened(value: Any, name: str = "") -> list[list[str]]:
-    """Nested values as rows (path, value): floats with six digits, an estimate and its interval together."""
+    """Nested values as rows (path, value): floats with four digits, an estimate and its interval together."""
     if isinstance(value, Mapping) and set(value) == {"value", "interval"}:
-        return [[words(name), _with_interval(value["value"], value["interval"], "{:.6g}")]]
+        return [[words(name), _with_interval(value["value"], value["interval"], "{:.4g}")]]
     if isinstance(value, Mapping):
         return [row for key, item in value.items() for row in flattened(item, f"{name}, {key}" if name else str(key))]
     if isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):

@@ -25,7 +25,7 @@ def plain(value: Any) -> str:
     if isinstance(value, int):
         return count(value)
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(plain(item) for item in value)
     return str(value)
