@@ -15,7 +15,7 @@ from hf_mcsmoe.publishing import PAGE_FILE, read_report, write_report
 from hf_mcsmoe.publishing.checkpoint_files import checkpoint_files
 from hf_mcsmoe.publishing.published import published
 
-EXAMPLE = "report qwen3-half --open"
+EXAMPLE = "report qwen3-half"
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_the_example_in_its_help_runs(folder, monkeypatch):
     monkeypatch.setattr("typer.launch", opened.append)
     monkeypatch.chdir(folder.parent)
     folder.rename(folder.parent / "qwen3-half")
-    assert run(*EXAMPLE.split()).exit_code == 0
+    assert run(*EXAMPLE.split()).exit_code == 0 and opened == []
+    assert run(*EXAMPLE.split(), "--open").exit_code == 0
     assert opened == [(folder.parent / "qwen3-half" / PAGE_FILE).as_uri()]
 
 

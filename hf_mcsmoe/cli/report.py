@@ -20,7 +20,7 @@ def report_command(
 ) -> None:
     """Show the report of a compressed model, and write it as compression_report.html with plots as PNG.
 
-    Of a model on the Hub only the report is downloaded. Example: hf-mcsmoe report qwen3-half --open
+    Of a model on the Hub only the report is downloaded. Example: hf-mcsmoe report qwen3-half
     """
     import json
 
