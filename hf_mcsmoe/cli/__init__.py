@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from .cache_teacher import cache_teacher_command
 from .calibrate import calibrate_command
+from .compare import compare_command
 from .compress import compress_command
 from .demo import demo_command
 from .evaluate import evaluate_command
@@ -19,6 +20,7 @@ from .methods import methods_command
 from .plan import plan_command
 from .push import push_command
 from .recover import recover_command
+from .report import report_command
 
 BAD_INPUT = 2  # exit code
 TRACEBACK_VARIABLE = "HF_MCSMOE_TRACEBACK"
@@ -44,7 +46,6 @@ class CleanErrors(TyperGroup):
 app = typer.Typer(
     cls=CleanErrors,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -79,7 +80,9 @@ app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
+app.command("compare")(compare_command)
 app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
 app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)
 # What it does not know itself are training arguments.

@@ -32,7 +32,7 @@ def collect_first(
         wanted: What to collect.
         progress: Show a progress bar.
     """
-    at_once = len(groups_of_layers(layers, data, wanted)) == 1
+    at_once = fits_at_once(layers, data, wanted)
     how = {"progress": progress, **amounts(wanted, keeps_tokens=at_once)}
     return collect(model, [*layers, *tied], data, wanted.statistics, **how)
 
@@ -83,6 +83,11 @@ def amounts(wanted: Wanted, *, keeps_tokens: bool) -> dict[str, int]:
         "calibration_tokens": wanted.fit_tokens if wanted.keeps_tokens and keeps_tokens else 0,
         "every_expert_tokens": wanted.every_expert_tokens,
     }
+
+
+def fits_at_once(layers: list[MoeLayer], data: Calibration, wanted: Wanted) -> bool:
+    """Whether one forward leaves all that is wanted of all layers."""
+    return len(groups_of_layers(layers, data, wanted)) == 1
 
 
 def groups_of_layers(layers: list[MoeLayer], data: Calibration, wanted: Wanted) -> list[list[MoeLayer]]:

@@ -3,8 +3,8 @@
 from .preset import Preset
 
 M_SMOE = "the groups of Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (2024)"
-# Of tokens that go through all experts: 10 for each neuron of an expert that is 800 wide.
-FEW_TOKENS = 8192
+# For steps that run all members of a group on all kept tokens: as many as statistics of every expert take.
+FEW_TOKENS = 4096
 
 PRESETS = {
     "hc-smoe": Preset(
