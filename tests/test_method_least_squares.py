@@ -210,6 +210,18 @@ def test_the_pseudo_inverse_worked_by_hand():
     assert solve(0 * gram, cross, 0.5).tolist() == [[0.0], [0.0]]
 
 
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS.keys())
+def test_the_sums_take_the_memory_that_they_say_whatever_the_number_of_tokens(operator, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "hf_mcsmoe.down_fit.solve",
+        lambda gram, cross, ridge: sizes.append((gram.shape, cross.shape, gram.dtype)) or solve(gram, cross, ridge),
+    )
+    for number in (3, 50):
+        operator(random_members(width=5, hidden=6), IMPORTANCE, tokens=tokens_of(states(number)))
+    assert sizes == [((5, 5), (5, 6), torch.float64)] * 2
+
+
 def test_the_similarity_is_the_cosine_of_flattened_gate_and_up_in_any_number_of_pieces(monkeypatch):
     weights = random_members(5, 7)
     expected = cosines(torch.cat([weights.up.flatten(1), weights.gate.flatten(1)], dim=1).double())

@@ -9,7 +9,12 @@ from method_models import MODELS, NUM_EXPERTS, assert_experts_close, experts_now
 from torch.nn.functional import silu
 
 from hf_mcsmoe import Recipe, compress_moe
-from hf_mcsmoe.alignment.weights_and_activations import align_by_weights_and_activations, distances
+from hf_mcsmoe.alignment.weights_and_activations import (
+    activation_distances,
+    align_by_weights_and_activations,
+    distances,
+    principal_components,
+)
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.gated_features import RoutedTokens
 from hf_mcsmoe.grouping.pseudo_pruning import group_by_pseudo_pruning
@@ -281,6 +286,28 @@ def test_activations_decide_where_weights_tie_and_are_those_of_the_same_tokens()
         tensor[0] = tensor[2]
     flipped = weights.permute_neurons(torch.tensor([[5, 4, 3, 2, 1, 0], *[[0, 1, 2, 3, 4, 5]] * 4]))
     assert align(flipped, components=1)[0].tolist() == [5, 4, 3, 2, 1, 0]
+
+
+def test_weights_decide_where_activations_say_nothing():
+    weights = random_layer(width=6)
+    for tensor in weights.tensors().values():
+        tensor[0] = tensor[2]
+    planted = torch.tensor([[3, 5, 0, 1, 4, 2], *[[0, 1, 2, 3, 4, 5]] * 4])
+    silent = layer_tokens()
+    for batch in silent.calibration:
+        batch.hidden_states.zero_()
+    how = {"tokens": silent, "statistics": statistics()}
+    order = align_by_weights_and_activations(weights.permute_neurons(planted), GROUPS, **how)
+    assert planted[0][order[0]].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_sums_take_the_memory_that_they_say():
+    weights = random_layer(width=7)
+    found = activation_distances(weights, 2, [0, 3], layer_tokens())
+    assert [(one.shape, one.dtype) for one in found] == [((7, 7), torch.float64)] * 2
+    scores = principal_components(weights.neurons(0), weights.neurons(1), 64)
+    assert [one.shape for one in scores] == [(7, 14)] * 2  # no more than 2 I vectors span
+    assert [one.shape for one in principal_components(weights.neurons(0), weights.neurons(1), 3)] == [(7, 3)] * 2
 
 
 def test_distances_of_units_and_of_zeros():
