@@ -6,6 +6,7 @@ from method_models import MODELS, NUM_EXPERTS, assert_experts_close, experts_now
 
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.calibration import load_calibration
+from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.merging.recombined_segments import merge_by_recombining_segments
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.segments import assign_segments, spherical_kmeans, transferred_share
@@ -178,6 +179,15 @@ def test_segments_of_one_expert_go_to_different_experts_and_some_nowhere():
     expected = direction / direction.norm() * (3 + 1.25**0.5) / 4
     torch.testing.assert_close(found.up[1, 0], expected)
     assert torch.equal(found.up[0], weights.up[0]) and torch.equal(found.up[1, 1], weights.up[1, 1])
+
+
+def test_router_rules_are_told_the_shares_that_went_where_the_merge_put_them():
+    weights = random_weights()
+    share = MERGING.trait("recombined_segments", "transfer")(weights, GROUPS, {"threshold": 0.3, "iterations": 10})
+    where = slow_assignment(wide(weights), [1, 2, 5], 0.3)
+    for expert in range(6):
+        for group, leader in enumerate([1, 2, 5]):
+            assert share[expert, group] == sum(where[expert, a] == leader for a in range(5)) / 5
 
 
 def test_the_result_does_not_depend_on_the_order_of_the_neurons_of_any_expert():

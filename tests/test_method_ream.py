@@ -310,6 +310,18 @@ def test_the_sums_take_the_memory_that_they_say():
     assert [one.shape for one in principal_components(weights.neurons(0), weights.neurons(1), 3)] == [(7, 3)] * 2
 
 
+@pytest.mark.parametrize("shape", [(4, 12), (9, 3)])
+@pytest.mark.parametrize("components", [1, 2, 64])
+def test_principal_components_are_those_of_both_sets_around_their_mean(shape, components):
+    generator = torch.Generator().manual_seed(0)
+    a, b = 2 + torch.randn(2, *shape, generator=generator)
+    both = torch.cat([a, b]).double()
+    centred = both - both.mean(dim=0)
+    kept = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:components].T
+    found = torch.cat(principal_components(a, b, components))
+    torch.testing.assert_close(found @ found.T, kept @ kept.T)  # but for the sign of each
+
+
 def test_distances_of_units_and_of_zeros():
     a = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     found = distances(a.square().sum(1), a.square().sum(1), a @ a.T)

@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..expert_activations import activations, sums_over_tokens
+from ..observed import sum_dtype
 from ..option_checks import check_whole
 from ..saliency.output_norms import gated_output_norm
 from ..types import ExpertGroups, ExpertWeights, LayerStatistics
@@ -86,7 +87,7 @@ def activation_distances(
 
     _, sums = sums_over_tokens(tokens, weights.up.device, products)
     if not sums:
-        return [torch.zeros(weights.width, weights.width, dtype=torch.float64)] * len(others)
+        return [torch.zeros(weights.width, weights.width, device=weights.up.device)] * len(others)
     squares, inner = sums[: len(others) + 1], sums[len(others) + 1 :]
     return [distances(squares[0], of_member, both) for of_member, both in zip(squares[1:], inner, strict=True)]
 
@@ -112,7 +113,7 @@ def principal_components(rows: Tensor, others: Tensor, components: int) -> tuple
 
     From the smaller one of the two Gram matrices; a component's sign is free, distances do not depend on it.
     """
-    both = torch.cat([rows, others]).double()
+    both = torch.cat([rows, others]).to(sum_dtype(rows.device))
     centred = both - both.mean(dim=0)
     components = min(components, *centred.shape)
     if centred.shape[0] <= centred.shape[1]:

@@ -8,6 +8,9 @@ stores them, `ExpertGroups`, importance (N,)) -> `ExpertWeights` of the M, where
 It may ask for "members" (m,) int64, which of the N experts they are (not where it takes the layer); "order" (N, I) or
 None, the alignment; "tokens" (`LayerTokens` of the N original experts); "statistics"; "seed"; and "weights" of all N
 experts, not aligned.
+
+The trait transfer, (weights of all N experts, groups, all options) -> (N, M) float64, tells router rules which share
+of each expert went into each group; without it members went into theirs whole.
 """
 
 from ..registry import Registry, import_submodules

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..option_checks import check_real, check_whole
-from ..segments import assign_segments, shares_in_clusters, spherical_kmeans
+from ..segments import assign_segments, shares_in_clusters, spherical_kmeans, transferred_share
 from ..types import ExpertGroups, ExpertWeights
 from . import MERGING
 
@@ -19,7 +19,13 @@ def check_segments(options: dict[str, Any]) -> None:
     check_whole("iterations", 1, "Leave it out for 10.")(options)
 
 
-@MERGING.register("recombined_segments", takes="layer", check=check_segments)
+def share_of_segments(weights: ExpertWeights, groups: ExpertGroups, options: dict[str, Any]) -> Tensor:
+    """Share of each expert's segments that went to each leader, (N, M) float64, for router rules."""
+    group_of_segment = assign_segments(weights, groups.dominant_of_group, options["threshold"])
+    return transferred_share(group_of_segment, groups.num_groups)
+
+
+@MERGING.register("recombined_segments", takes="layer", check=check_segments, transfer=share_of_segments)
 def merge_by_recombining_segments(
     weights: ExpertWeights,
     groups: ExpertGroups,
@@ -38,7 +44,7 @@ def merge_by_recombining_segments(
     A mean of vectors that do not point the same way is short: each part of a centre (gate, up, down, with biases) gets
     the mean length of that part in the cluster, which is our reading of the method's "norm equalisation". Our choices
     too: the threshold, the initial centres, and that the groups of members, if any, do not matter. The router rows of
-    the method need `segments.transferred_share`.
+    the method need the trait `transfer`, `share_of_segments`.
 
     Memory: two experts in float32 and N I values for the assignment, 4 (I + r) (F + I) bytes for an expert that gets
     r segments of F numbers. Time: (N - M) M I^2 F for the assignment.

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..agglomerative import cluster_by_distance
 from ..down_fit import shares_of
 from ..expert_activations import activations, sums_over_tokens
+from ..observed import sum_dtype
 from ..option_checks import check_whole
 from ..types import ExpertWeights
 from . import MERGING
@@ -52,8 +53,8 @@ def merge_by_zipping(
             f"max_neurons is {max_neurons}, but a group of {num_members} experts has {num_members * width} neurons. "
             "Make smaller groups (grouping='pseudo_pruning' has a group_size, or keep more experts), or raise it."
         )
-    device = members.up.device
-    shares = shares_of(importance, device).double()
+    device, dtype = members.up.device, sum_dtype(members.up.device)
+    shares = shares_of(importance, device).to(dtype)
     cluster = cluster_by_distance(1 - correlations(members, tokens), width).to(device)
     share_of_neuron = shares.repeat_interleave(width)
     weight = torch.where(sum_by(cluster, share_of_neuron, width)[cluster] > 0, share_of_neuron, 1.0)
@@ -61,12 +62,12 @@ def merge_by_zipping(
     merged = {}
     for name, tensor in members.tensors().items():
         if name == "down_bias":
-            merged[name] = torch.tensordot(shares, tensor.double(), dims=1)
+            merged[name] = torch.tensordot(shares, tensor.to(dtype), dims=1)
         elif name == "down":
-            columns = tensor.transpose(1, 2).flatten(0, 1).double()
+            columns = tensor.transpose(1, 2).flatten(0, 1).to(dtype)
             merged[name] = sum_by(cluster, share_of_neuron[:, None] * columns, width).T
         else:
-            rows = tensor.flatten(0, 1).double()
+            rows = tensor.flatten(0, 1).to(dtype)
             merged[name] = sum_by(cluster, (weight[:, None] if rows.dim() == 2 else weight) * rows, width)
     return ExpertWeights(**{name: tensor[None].float() for name, tensor in merged.items()})
 
