@@ -157,7 +157,7 @@ def test_the_similarity_is_minus_the_distance_of_means():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_statistics_of_every_expert_equal_those_of_all_tokens_and_take_the_memory_that_they_say(name, tokens):
-    model, tokens = method_model(name), tokens[:3]
+    model, tokens = method_model(name), tokens[:2]
     layers, num_experts, hidden = find_layers(model), NUM_EXPERTS[name], model.config.hidden_size
     needs = frozenset({"every_output_sum", "every_expert_count", "output_cosine_sum", "soft_gated_output_sum"})
     data = load_calibration(tokens, held_out_fraction=0)
