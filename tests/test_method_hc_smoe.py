@@ -14,7 +14,7 @@ from method_models import (
     slow_clusters,
 )
 
-from hf_mcsmoe import Recipe, compress_moe
+from hf_mcsmoe import Recipe, calibrate_moe, compress_moe
 from hf_mcsmoe.accumulator import StatisticsAccumulator
 from hf_mcsmoe.agglomerative import LINKAGES, cluster_by_distance
 from hf_mcsmoe.calibration import load_calibration
@@ -192,6 +192,18 @@ def test_the_sample_of_tokens_is_bounded(tokens):
     found, _ = collect_statistics(model, find_layers(model), data, frozenset({"every_expert_count"}), **how)
     assert [one["every_expert_count"].item() for one in found.values()] == [30, 30]
     assert StatisticsAccumulator(8, frozenset({"every_expert_count"})).runs_experts
+
+
+def test_statistics_of_one_run_serve_the_methods_of_every_expert_at_any_ratio(tokens, tmp_path):
+    recipes = [recipe_from_preset(name, keep=keep) for name, keep in (("hc-smoe", 0.75), ("sub-moe", 0.25))]
+    calibrate_moe(method_model("mixtral"), recipes, tmp_path / "stats", calibration=tokens[:6], progress=False)
+    for recipe in recipes:
+        results = [
+            compress_moe(method_model("mixtral"), recipe, calibration=data, progress=False)
+            for data in (tmp_path / "stats", tokens[:6])
+        ]
+        for saved, direct in zip(*map(experts_now, results), strict=True):
+            assert all(torch.equal(tensor, direct.tensors()[name]) for name, tensor in saved.tensors().items())
 
 
 def test_an_unknown_linkage_and_a_missing_similarity_are_refused():

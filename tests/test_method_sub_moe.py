@@ -244,6 +244,10 @@ def test_every_run_of_layers_spends_its_budget_exactly_and_no_layer_goes_without
         assert all(1 <= kept <= size for kept, size in zip(found, (4, 6, 8, 5, 3), strict=True))
 
 
+def test_keeping_all_needs_no_statistics():
+    assert allocate_by_joint_kmeans([torch.zeros(4), torch.zeros(3)], [4, 3], statistics_of_layer=[], seed=0) == [4, 3]
+
+
 def test_a_cluster_of_two_layers_counts_for_most_of_its_points():
     layers = torch.tensor([0, 0, 0, 1, 1, 1])
     assert clusters_of_layers(layers, torch.tensor([0, 1, 2, 2, 2, 3]), 2) == [2, 2]
