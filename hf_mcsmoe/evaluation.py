@@ -16,6 +16,7 @@ from .calibration import Calibration, CalibrationBatch
 from .evaluation_data import load_evaluation_data
 from .evaluation_intervals import Interval
 from .evaluation_scores import DomainScore, Evaluation, scores_of
+from .local_paths import public_model
 from .modeling.offload import execution_device
 from .samples import evaluation_mode, generate_samples, repetition
 
@@ -91,10 +92,10 @@ def evaluate_model(
 
 
 def _name(baseline: Any) -> str | None:
-    """What a baseline calls itself; a path is cut to its last part when it is published."""
+    """What a baseline calls itself, without folders of this machine."""
     if isinstance(baseline, nn.Module):
-        return getattr(baseline.config, "name_or_path", None) or type(baseline).__name__
-    return getattr(baseline, "name", None)
+        return public_model(getattr(baseline.config, "name_or_path", None) or type(baseline).__name__)
+    return public_model(getattr(baseline, "name", None))
 
 
 def _check_input(

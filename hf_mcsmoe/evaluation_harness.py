@@ -56,8 +56,7 @@ def check_tasks(tasks: Sequence[str], include: str | Path | None = None) -> None
         raise ImportError("lm-eval is not installed. Install it: pip install 'hf-mcsmoe[lm-eval]'")
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"There is no folder {str(include)!r} of tasks. Give one with YAML files of lm-eval.")
-    manager = _manager(include)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    unknown = _unknown(tasks, _manager(tasks, include))
     if unknown:
         raise ValueError(
             f"lm-eval knows no task {unknown[0]!r}. `lm_eval ls tasks` lists its own; give the folder of others."
@@ -101,7 +100,7 @@ def run_tasks(
         found = simple_evaluate(
             model=wrapped,
             tasks=list(tasks),
-            task_manager=_manager(include),
+            task_manager=_manager(tasks, include),
             bootstrap_iters=BOOTSTRAPS,
             log_samples=True,
         )
@@ -192,10 +191,19 @@ def _shares(documents: dict[int, Any], mean: float) -> dict[int, float] | None:
     return {place: float(one) for place, one in documents.items()} if is_mean else None
 
 
-def _manager(include: str | Path | None) -> Any:
+def _manager(tasks: Sequence[str], include: str | Path | None) -> Any:
+    """The harness's index of tasks, of the folder alone where that has them all: its own are thousands of files."""
     from lm_eval.tasks import TaskManager
 
+    if include is not None:
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+        if not _unknown(tasks, manager):
+            return manager
     return TaskManager(include_path=None if include is None else str(include))
+
+
+def _unknown(tasks: Sequence[str], manager: Any) -> list[str]:
+    return [task for task in tasks if not manager.match_tasks([task])]
 
 
 @contextmanager

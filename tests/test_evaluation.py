@@ -5,6 +5,7 @@ import warnings
 from logging.handlers import BufferingHandler
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -20,6 +21,7 @@ from hf_mcsmoe.evaluation import (
     load_evaluation_data,
     repetition,
 )
+from hf_mcsmoe.evaluation_intervals import ratio_of_sums
 
 VOCABULARY = 160
 
@@ -33,6 +35,13 @@ def batch_of(rows, *, left=False, held_out=False, pad=0):
         place = slice(length - len(row), None) if left else slice(len(row))
         ids[number, place], mask[number, place] = torch.tensor(row), True
     return CalibrationBatch({"input_ids": ids, "attention_mask": mask.long()}, mask, held_out)
+
+
+def flat(values, prefix=""):
+    """Nested mappings as one."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {name: value for key, part in values.items() for name, value in flat(part, f"{prefix}.{key}").items()}
 
 
 def random_rows(*lengths, seed=0):
@@ -165,7 +174,7 @@ def test_chunks_and_batches_do_not_change_the_scores(model, baseline):
         parts = evaluate_model(model, data, baseline=baseline, progress=False, **sizes).to_dict()
         for name, score in [*whole["domains"].items(), ("overall", whole["overall"])]:
             part = parts["overall"] if name == "overall" else parts["domains"][name]
-            assert part == pytest.approx(score, rel=1e-5), (sizes, name)
+            assert flat(part) == pytest.approx(flat(score), rel=1e-5), (sizes, name)
 
 
 def test_the_default_chunk_follows_the_vocabulary(model, monkeypatch):
@@ -222,6 +231,40 @@ def test_one_row_has_no_standard_error(model):
     assert result.domains["a"].loss_standard_error is None
     assert result.domains["b"].loss_standard_error > 0
     assert result.overall.loss_standard_error is None
+
+
+def test_intervals_are_those_of_the_rows_and_the_increase_is_paired(model, baseline):
+    rows = random_rows(6, 9, 4, 12)
+    score = evaluate_model(model, {"a": Calibration((batch_of(rows),), "")}, baseline=baseline, progress=False).overall
+    losses, others = ([reference_losses(one, row) for row in rows] for one in (model, baseline))
+    counts = np.array([len(row) for row in losses])
+    sums, other_sums = (np.array([sum(row) for row in part]) for part in (losses, others))
+    for interval, values, value in (
+        (score.loss_interval, sums, score.loss),
+        (score.loss_increase_interval, sums - other_sums, score.loss_increase),
+    ):
+        expected = ratio_of_sums(values, counts)
+        assert value == pytest.approx(expected.value, rel=1e-4)
+        assert (interval.low, interval.high) == pytest.approx(
+            (expected.interval().low, expected.interval().high), rel=1e-3
+        )
+    assert score.perplexity_interval.low == pytest.approx(math.exp(score.loss_interval.low))
+    assert score.baseline_perplexity == pytest.approx(math.exp(score.baseline_loss))
+    assert score.rows == 4 and score.loss_increase == pytest.approx(score.loss - score.baseline_loss)
+    assert 0 <= score.kl_interval.low < score.kl < score.kl_interval.high
+    assert 0 <= score.top1_agreement_interval.low <= score.top1_agreement <= score.top1_agreement_interval.high <= 1
+
+
+def test_a_baseline_is_named_without_its_folders(tmp_path):
+    class Named(TableModel):
+        def __init__(self):
+            super().__init__(torch.zeros(5, 5))
+            self.config.name_or_path = str(tmp_path / "secret" / "base")
+
+    data = {"a": Calibration((batch_of([[1, 2, 3]]),), "")}
+    scores = evaluate_model(TableModel(torch.zeros(5, 5)), data, baseline=Named(), progress=False)
+    assert scores.baseline == "./base" and scores.kl_top_k is None
+    assert evaluate_model(TableModel(torch.zeros(5, 5)), data, progress=False).baseline is None
 
 
 def test_every_submodule_gets_its_mode_back():

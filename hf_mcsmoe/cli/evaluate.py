@@ -70,9 +70,8 @@ def evaluate_command(
 
         read_report(folder)  # there must be one, before the models run
     tasks = [task.strip() for given in lm_eval or [] for task in given.split(",") if task.strip()]
-    if tasks:
-        check_tasks(tasks, lm_eval_include)
     loading: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    vocab_size = read_config(folder, **loading).get_text_config().vocab_size
     tokenizer = load_tokenizer(folder, **loading)
     if tokenizer is None and baseline is not None:
         tokenizer = load_tokenizer(baseline, **loading)
@@ -81,7 +80,8 @@ def evaluate_command(
             raise ValueError(
                 f"{option} needs a tokenizer, but {folder!r} has none. Save one there, or leave {option} out."
             )
-    vocab_size = read_config(folder, **loading).get_text_config().vocab_size
+    if tasks:
+        check_tasks(tasks, lm_eval_include)
     limits = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
     rows = read_data(data, tokenizer, vocab_size=vocab_size, **limits)
     if generations is None:

@@ -58,7 +58,7 @@ def show_generation(check: "GenerationCheck") -> None:
         ("tokens", check.length, "{:.1f}"),
     ]
     has_baseline = check.same_prefix is not None
-    columns = ["greedy text", "model", *(["baseline", "increase"] if has_baseline else [])]
+    columns = ["", "model", *(["baseline", "increase"] if has_baseline else [])]
     rows = []
     for name, measure, form in measures:
         if measure is None:
@@ -69,7 +69,7 @@ def show_generation(check: "GenerationCheck") -> None:
         rows.append([name, estimate(measure.value, form), *others])
     if has_baseline:
         rows.append(["begins as the baseline's", estimate(check.same_prefix, "{:.1%}"), "", ""])
-    print_table(f"Writing, {check.prompts} prompts, at most {check.max_new_tokens} tokens", columns, rows)
+    print_table(f"Greedy text, at most {check.max_new_tokens} tokens, prompts: {check.prompts}", columns, rows)
 
 
 def show_tasks(found: dict[str, Any]) -> None:
