@@ -135,7 +135,7 @@ def test_layers_are_found_and_every_selection_with_weight_is_counted(key):
         is_passive = first.num_passive_rows and "inkling" not in key  # Inkling's are shared experts
         total = statistics[first.name].selection_count.sum()
         assert 0 < total <= slots if is_passive else total == slots
-        assert statistics[first.name].logit_gram.shape == (first.num_slots, first.num_slots)
+        assert statistics[first.name]["logit_gram"].shape == (first.num_slots, first.num_slots)
 
 
 @pytest.mark.parametrize("layout", ["mapped", "native"])

@@ -9,7 +9,7 @@ from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.recipe import NOT_STATISTICS, STEPS, Recipe
 from hf_mcsmoe.registry import Registry, closest, import_submodules
 from hf_mcsmoe.saliency import SALIENCY
-from hf_mcsmoe.types import LayerStatistics
+from hf_mcsmoe.statistics import STATISTICS
 
 OPERATOR = """
 from . import MERGING
@@ -99,10 +99,10 @@ def test_closest_is_silent_without_a_near_miss():
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_step_needs_statistics_that_exist(step):
-    fields = set(LayerStatistics.__dataclass_fields__) | {"weights"} | NOT_STATISTICS
+    known = set(STATISTICS) | NOT_STATISTICS
     assert list(STEPS[step]), f"no {step} is registered"
     for name in STEPS[step]:
-        assert STEPS[step].needs(name) <= fields
+        assert STEPS[step].needs(name) <= known
 
 
 def test_an_operator_registered_from_outside_is_a_choice_of_recipes(monkeypatch):
@@ -120,7 +120,7 @@ def test_an_operator_registered_from_outside_is_a_choice_of_recipes(monkeypatch)
 
 def test_what_a_new_step_needs_is_collected_for_the_recipes_that_use_it(monkeypatch):
     undo_registrations(monkeypatch, SALIENCY)
-    SALIENCY.register("gates", needs=("gate_sum",))(lambda statistics, _: statistics.gate_sum)
+    SALIENCY.register("gates", needs=("gate_sum",))(lambda statistics, _: statistics["gate_sum"])
     assert "gate_sum" not in Recipe().statistics_needed()
     assert "gate_sum" in Recipe(saliency="gates").statistics_needed()
     assert "gate_sum" in Recipe(importance="gates").statistics_needed()

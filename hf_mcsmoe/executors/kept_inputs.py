@@ -33,10 +33,8 @@ def collect_first(
         progress: Show a progress bar.
     """
     at_once = len(groups_of_layers(layers, data, recipe)) == 1
-    needs = recipe.statistics_needed() - {"weights"}
-    how = {"seed": recipe.seed, "progress": progress, "held_out_tokens": held_out_tokens(recipe)}
-    tokens = recipe.fit_tokens if recipe.needs_inputs and at_once else 0
-    return collect(model, [*layers, *tied], data, needs, calibration_tokens=tokens, **how)
+    how = {"seed": recipe.seed, "progress": progress, **amounts(recipe, keeps_tokens=at_once)}
+    return collect(model, [*layers, *tied], data, recipe.statistics_needed(), **how)
 
 
 def visits(
@@ -50,9 +48,9 @@ def visits(
     """Each layer once, with what it is to be compressed on. Compress it before asking for the next one.
 
     A sequential recipe needs one forward for each layer, from the first to the last, through the layers that are
-    compressed already. Any other one needs what the original layers give: where the tokens of all layers do not fit
-    in `MOST_BYTES`, layers are visited from the last to the first, in groups whose tokens do, because a layer's inputs
-    depend only on those before it; one forward for each group.
+    compressed already, for statistics and tokens. Any other one needs what the original layers give: where the tokens
+    of all layers do not fit in `MOST_BYTES`, layers are visited from the last to the first, in groups whose tokens do,
+    because a layer's inputs depend only on those before it; one forward for each group.
 
     Args:
         model: In its present state.
@@ -67,27 +65,32 @@ def visits(
         for layer in layers:
             yield layer, collected.pop(layer.name)
         return
-    how: dict[str, Any] = {"seed": recipe.seed, "progress": False, "held_out_tokens": held_out_tokens(recipe)}
+    how: dict[str, Any] = {"seed": recipe.seed, "progress": False, **amounts(recipe, keeps_tokens=True)}
+    needs = recipe.statistics_needed() if recipe.sequential else frozenset()
     for group in groups if recipe.sequential else reversed(groups):
         shared = [*group, *(other for other, first in tied.items() if first in group)]
-        again = collect(model, shared, data, frozenset(), calibration_tokens=recipe.fit_tokens, **how)
+        again = collect(model, shared, data, needs, **how)
         for layer in group:
-            statistics = collected.pop(layer.name).statistics
-            yield layer, dataclasses.replace(again.pop(layer.name), statistics=statistics)
+            first, now = collected.pop(layer.name), again.pop(layer.name)
+            yield layer, now if recipe.sequential else dataclasses.replace(now, statistics=first.statistics)
 
 
-def held_out_tokens(recipe: Recipe) -> int:
-    """How many held-out tokens to keep of each layer."""
-    return FIT_HELD_OUT_TOKENS if recipe.needs_inputs else HELD_OUT_TOKENS
+def amounts(recipe: Recipe, *, keeps_tokens: bool) -> dict[str, int]:
+    """How many tokens a forward keeps of each layer, and how many it gives to every expert; for `collect`."""
+    return {
+        "held_out_tokens": FIT_HELD_OUT_TOKENS if recipe.needs_inputs else HELD_OUT_TOKENS,
+        "calibration_tokens": recipe.fit_tokens if recipe.needs_inputs and keeps_tokens else 0,
+        "every_expert_tokens": recipe.every_expert_tokens,
+    }
 
 
 def groups_of_layers(layers: list[MoeLayer], data: Calibration, recipe: Recipe) -> list[list[MoeLayer]]:
     """Neighbouring layers whose tokens are collected together."""
-    if not recipe.needs_inputs:
-        return [layers]
     if recipe.sequential:
         return [[layer] for layer in layers]
-    tokens = min(recipe.fit_tokens, data.num_tokens) + held_out_tokens(recipe)
+    if not recipe.needs_inputs:
+        return [layers]
+    tokens = min(recipe.fit_tokens, data.num_tokens) + FIT_HELD_OUT_TOKENS
     groups: list[list[MoeLayer]] = []
     room = 0
     for layer in layers:

@@ -21,8 +21,9 @@ from ..recipe import Recipe
 from ..types import LayerReport, LayerStatistics, MoeLayer
 from .decoder_stack import DecoderStack
 from .hidden_states import HiddenStates
-from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
+from .in_memory import Collected, collect
 from .journal import Journal
+from .kept_inputs import amounts
 from .output_shards import OutputShards
 from .shards import Shards
 from .skeleton import load_tensors, release, stored_tensors, tied_names
@@ -228,7 +229,7 @@ class StreamingRun:
     def _forward(self, index: int) -> dict[str, Collected]:
         """What a forward leaves of the MoE layers in decoder layer `index`; its outputs replace the hidden states."""
         start = time.perf_counter()
-        needs = self.recipe.statistics_needed() - {"weights"}
+        needs = self.recipe.statistics_needed()
         with self.hidden_states.written(index) as writer, self.stack.only(index) as run:
 
             def forward(position: int, inputs: dict[str, Any]) -> None:
@@ -245,8 +246,7 @@ class StreamingRun:
                 seed=self.recipe.seed,
                 progress=False,
                 forward=forward,
-                held_out_tokens=FIT_HELD_OUT_TOKENS if self.recipe.needs_inputs else HELD_OUT_TOKENS,
-                calibration_tokens=self.recipe.fit_tokens if self.recipe.needs_inputs else 0,
+                **amounts(self.recipe, keeps_tokens=True),
             )
         self.summary.add_seconds("forward", start)
         self.summary.bytes_written += writer.num_bytes
