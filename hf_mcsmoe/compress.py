@@ -29,6 +29,7 @@ from .planning import plan
 from .recipe import PRESETS, Recipe
 from .recipe_reading import recipe_from_preset, recipe_from_yaml
 from .saliency import SALIENCY
+from .sizes import measure
 from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
 
 logger = logging.get_logger(__name__)
@@ -207,7 +208,7 @@ def compress_in_memory(
     layers, excluded = resolve_layers(found, recipe)
     first_of_tied = tied_layers(found)
     tied = {layer: first for layer in found if (first := first_of_tied.get(layer.name)) in layers}
-    before = count(model)
+    before, active = count(model), measure(model, found).active_parameters
     check_finite(layers)
     collected = collect_first(model, layers, tied, data, recipe, progress)
     statistics = reached(collected)
@@ -227,7 +228,8 @@ def compress_in_memory(
         model.tie_weights()
     layouts = {layer.name: layouts[layer.name] for layer in found if layer.name in layouts}
     in_order = [reports[layer.name] for layer in layers]
-    how = {"native": native, "before": before, "start": start, "warnings": warnings}
+    how = {"native": native, "before": before, "active_before": active, "start": start, "warnings": warnings}
+    how["used_again"] = [first.name for first in tied.values()]
     conclude(model, recipe, data, layers, in_order, layouts, **how)
     return model.compression_report
 

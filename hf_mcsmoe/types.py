@@ -279,6 +279,8 @@ class CompressionReport:
     format_version: int = 1
     warnings: list[str] = field(default_factory=list)
     tried: list[Trial] = field(default_factory=list)  # by the preset "auto"; `recipe` is the chosen one
+    active_parameters_before: int | None = None  # of a token, see `sizes.measure`; None: an older report
+    active_parameters_after: int | None = None  # the same at most, on average where experts differ in width
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON."""

@@ -24,6 +24,7 @@ from ..loading import empty_model, read_config
 from ..outcome import conclude, count, package_version
 from ..publishing.report import read_report
 from ..recipe import Recipe
+from ..sizes import measure
 from ..types import CompressionReport, LayerReport
 from .decoder_stack import DecoderStack
 from .journal import JOURNAL_FILE, Journal
@@ -88,10 +89,11 @@ def compress_by_streaming(
     shards = Shards(path)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
-    layers, excluded = resolve_layers(find_layers(model), recipe)
+    found = find_layers(model)
+    layers, excluded = resolve_layers(found, recipe)
     DecoderStack(model, layers)  # refuses before a file is written
     target_of = targets(model, shards)
-    before = count(model)
+    before, active = count(model), measure(model, found).active_parameters
     working = working_folder(output)
     journal = Journal(working, fingerprint(model, shards, recipe, data, device))
     if journal.done("published") and not (working / "model").exists():
@@ -120,6 +122,7 @@ def compress_by_streaming(
             stream(run, one_pass)
             reports, layouts = run.results()
             totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
+            totals |= {"active_before": active}
             conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
             journal.append({"step": "published", "layer": 0})
