@@ -76,6 +76,7 @@ def model_card(
         architecture=report["base_architecture"],
         auto_class=auto_class,
         model_id=model_id,
+        base_id=base_id or "path/to/the/base/model",
         tokenizer_id=model_id if has_tokenizer or base_id is None else base_id,
         **card_text.sections(report, recipe, scores, base),
     )
