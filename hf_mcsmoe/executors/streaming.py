@@ -89,11 +89,10 @@ def compress_by_streaming(
     shards = Shards(path)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
-    found = find_layers(model)
-    layers, excluded = resolve_layers(found, recipe)
+    layers, excluded = resolve_layers(find_layers(model), recipe)
     DecoderStack(model, layers)  # refuses before a file is written
     target_of = targets(model, shards)
-    before, active = count(model), measure(model, found).active_parameters
+    before, active = count(model), measure(model, find_layers(model)).active_parameters
     working = working_folder(output)
     journal = Journal(working, fingerprint(model, shards, recipe, data, device))
     if journal.done("published") and not (working / "model").exists():
@@ -122,8 +121,7 @@ def compress_by_streaming(
             stream(run, one_pass)
             reports, layouts = run.results()
             totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
-            totals |= {"active_before": active}
-            conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
+            conclude(model, recipe, data, layers, reports, layouts, native=native, active_before=active, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
             journal.append({"step": "published", "layer": 0})
             shutil.rmtree(working / "replaced", ignore_errors=True)
