@@ -87,8 +87,8 @@ def test_the_tables_hold_the_scores_with_their_intervals():
     assert found["Evaluation"][0] == [
         "code",
         "1,201",
-        f"{math.exp(2.0):.4g}",
-        f"{math.exp(2.1):.4g} [{math.exp(2.1 - 0.0123):.4g}, {math.exp(2.1 + 0.0123):.4g}]",
+        f"{math.exp(2.0):#.4g}",
+        f"{math.exp(2.1):#.4g} [{math.exp(2.1 - 0.0123):#.4g}, {math.exp(2.1 + 0.0123):#.4g}]",
         "+0.1000 [+0.0877, +0.1123]",
         "≥ 0.0625 [0.0502, 0.0748]",
         "87.5% [86.3%, 88.7%]",
@@ -113,9 +113,9 @@ def test_the_tables_hold_the_scores_with_their_intervals():
 def test_scores_of_older_reports_have_no_intervals():
     found = tables(card_of(evaluation=EVALUATION), "Evaluation")
     assert found["Evaluation"] == [
-        ["code", "1,201", f"{math.exp(2.0):.4g}", f"{math.exp(2.1):.4g}", "+0.1000", "0.0625", "87.5%"],
-        ["prose", "803", f"{math.exp(3.0):.4g}", f"{math.exp(3.4):.4g}", "+0.4000", "0.2500", "75.0%"],
-        ["all", "2,004", f"{math.exp(2.4):.4g}", f"{math.exp(2.6):.4g}", "+0.2000", "0.1250", "81.2%"],
+        ["code", "1,201", f"{math.exp(2.0):#.4g}", f"{math.exp(2.1):#.4g}", "+0.1000", "0.0625", "87.5%"],
+        ["prose", "803", f"{math.exp(3.0):#.4g}", f"{math.exp(3.4):#.4g}", "+0.4000", "0.2500", "75.0%"],
+        ["all", "2,004", f"{math.exp(2.4):#.4g}", f"{math.exp(2.6):#.4g}", "+0.2000", "0.1250", "81.2%"],
     ]
     old = {
         name: {key: value for key, value in vars(score).items() if key in list(vars(CODE))[:7]}
@@ -218,7 +218,9 @@ def is_known(text, numbers, strings):
     places = len(digits.partition("e")[0].partition(".")[2])
     scale = 100 if text.endswith("%") else 1
     values = [number * scale for number in numbers]
-    close = any(f"{value:.{places}f}" == digits or f"{value:.4g}" == digits for value in values)
+    close = any(
+        f"{value:.{places}f}" == digits or f"{value:.4g}" == digits or f"{value:#.4g}" == digits for value in values
+    )
     return close or re.search(rf"(?<!\d){re.escape(text)}(?!\d)", strings) is not None
 
 

@@ -26,7 +26,9 @@ MODELS = {
 NOT_EXACT_AT_ALL = {"mc-smoe": "it decomposes what it keeps"}
 NOT_FREE_OF_NEURON_ORDER: dict[str, str] = {}
 NOT_FREE_OF_LABELS: dict[str, str] = {}
-FASTER = {name: {"matching_options": {"steps": 8}} for name in METHODS if name.endswith("-matched")}
+# Options under which a preset fits these models and does not take long.
+SMALLER = {name: {"matching_options": {"steps": 8}} for name in METHODS if name.endswith("-matched")}
+SMALLER["mc-smoe"] = {"decomposition_options": {"rank": 8, "keep_rows": 0.1}}
 
 
 def solves(name):
@@ -53,7 +55,7 @@ def run(compress):
     """`run(model, preset, calibration)`: compress with a preset, made faster where it takes long."""
 
     def run(model, preset, *data, **changes):
-        return compress(model, *data, preset=preset, **{**FASTER.get(preset, {}), **changes})
+        return compress(model, *data, preset=preset, **{**SMALLER.get(preset, {}), **changes})
 
     return run
 
@@ -66,7 +68,8 @@ def test_keeping_everything_is_bit_identical(preset, model_of, run, prompt):
 @pytest.mark.parametrize("preset", METHODS)
 def test_the_result_is_as_small_as_planned_and_loads_again(preset, model_of, run, prompt, tmp_path):
     result = run(model_of(), preset)
-    report, planned = result.compression_report, plan(model_of(), recipe_from_preset(preset))
+    report = result.compression_report
+    planned = plan(model_of(), recipe_from_preset(preset, **SMALLER.get(preset, {})))
     assert report.total_parameters_after == planned.total_parameters_after
     assert report.total_bytes_after == sum(p.numel() * p.element_size() for p in result.parameters())
     assert report.total_bytes_after < report.total_bytes_before
@@ -124,10 +127,13 @@ def test_hardly_any_routing_still_gives_a_finite_model(case, preset, model_of, r
 
 @pytest.mark.parametrize("preset", [name for name in METHODS if not solves(name)])
 def test_bfloat16_is_the_float32_result_but_for_rounding(preset, model_of, run, tokens):
-    narrow = model_of().to(torch.bfloat16)
-    wide = copy.deepcopy(narrow).float()
-    few = tokens[:1, :4]  # few, so that rounding in the forward does not change the choice of an expert
-    narrow, wide = (run(model, preset, few) for model in (narrow, wide))
+    # Few tokens, and the first row for which rounding in the forward does not change the choice of an expert.
+    for row in tokens:
+        narrow = model_of().to(torch.bfloat16)
+        wide = copy.deepcopy(narrow).float()
+        narrow, wide = (run(model, preset, row[None, :4]) for model in (narrow, wide))
+        if usage(narrow) == usage(wide):
+            break
     assert usage(narrow) == usage(wide)
     for (name, tensor), other in zip(narrow.state_dict().items(), wide.state_dict().values(), strict=True):
         if tensor.is_floating_point():

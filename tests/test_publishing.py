@@ -200,17 +200,17 @@ def test_a_local_base_model_is_not_published_as_an_id(tmp_path):
 def test_sizes_in_the_card_are_those_of_the_report():
     rows = table_rows(section(card_of(), "Sizes"))
     assert rows[0] == ["parameters", "1,234,567", "765,432", "62.0%"]
-    assert rows[1] == ["active parameters (of one token)", *["not measured"] * 3]
+    assert rows[1] == ["active parameters of a token", *["not measured"] * 3]
     assert rows[2] == ["bytes", "2,469,134 (2.47 MB)", "1,530,864 (1.53 MB)", "62.0%"]
     known = compression_report(active_parameters_before=600_000, active_parameters_after=450_000)
     assert table_rows(section(card_of(known), "Sizes"))[1] == [
-        "active parameters (of one token)",
+        "active parameters of a token",
         "600,000",
         "450,000",
         "75.0%",
     ]
-    ragged = compression_report(recipe_from_preset("joint-obs"))
-    assert table_rows(section(card_of(ragged), "Sizes"))[1][0] == "active parameters, on average (of one token)"
+    ragged = compression_report(layers=[layer_report(0), replace(layer_report(1), widths=[60, 68])])
+    assert table_rows(section(card_of(ragged), "Sizes"))[1][0] == "active parameters of a token, on average"
 
 
 def test_neighbouring_layers_with_equal_sizes_share_a_row():
@@ -220,7 +220,10 @@ def test_neighbouring_layers_with_equal_sizes_share_a_row():
         ["`model.layers.4.mlp.experts`", "1", "16 → 6", "19,744 → 7,404", "39,488 → 14,808", "not measured"],
         ["`model.layers.5.mlp.experts`", "1", "16 → 8", "19,744 → 9,872", "39,488 → 19,744", "0.05"],
     ]
-    assert "with 38 experts instead of 80 in 5 MoE layers" in card_of().text
+    assert "with 38 experts instead of 80 in 5 MoE layers, 47.5% of the expert parameters." in card_of().text
+    narrow = [replace(layer_report(n, experts=16), parameters_after=9_872) for n in range(2)]
+    narrow_card = card_of(compression_report(layers=narrow))
+    assert "with 50.0% of the parameters of its 32 experts in 2 MoE layers." in narrow_card.text
     names = ["encoder.block.1.experts", "decoder.experts"]
     layers = [replace(layer_report(0), layer=name) for name in names]
     assert "| `encoder.block.1.experts … decoder.experts` | 2 |" in card_of(compression_report(layers=layers)).text

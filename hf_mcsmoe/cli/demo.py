@@ -15,6 +15,8 @@ from .tables import before_after, human, print_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..evaluation import Evaluation
+
 PROMPT = "def read_file(path):\n"
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 256
 EVALUATION_ROWS = 16  # of 256 tokens, for each domain
@@ -89,29 +91,49 @@ def compare(
     from ..evaluation_generation import encode_prompts, prompts_from_rows
     from ..evaluation_run import Extras, beside, evaluate_whole
     from .evaluate import save_scores
-    from .evaluation_tables import show
 
     step(
         5,
         f"Compare both with the original on text that it was not trained on, {EVALUATION_ROWS} rows of each domain. "
         "Perplexity: how many tokens the model hesitates between, lower is better. KL: how far predictions moved, 0 "
-        "is not at all.",
+        "is not at all. Repeated: the share of four tokens in a row that a text had before, as loops do.",
     )
     rows = load_evaluation_data(str(source.parent / "evaluation.jsonl"), tokenizer, num_samples=EVALUATION_ROWS)
     prompts = [*prompts_from_rows(rows, GENERATIONS), *encode_prompts([PROMPT], tokenizer)]
     extras = Extras(tokenizer, prompts, "beginnings of rows and the start of a function", GENERATED_TOKENS)
     baseline = beside(lambda: original, extras)
     written = {"original": baseline.measured.written}
-    scores = None
+    scores_of: dict[str, Evaluation] = {}
     for name, model in results.items():
-        scores, measured = evaluate_whole(partial(_itself, model), rows, extras, baseline)
+        scores_of[name], measured = evaluate_whole(partial(_itself, model), rows, extras, baseline)
         written[name] = measured.written
-        typer.echo(f"\n{name}:")
-        show(scores)
-    save_scores(str(output), scores)
+    show_comparison(scores_of)
+    save_scores(str(output), list(scores_of.values())[-1])
     step(6, f"What each writes after {PROMPT!r}, always with the most likely token:")
     for name, texts in written.items():
         typer.echo(f"   {name}: {tokenizer.decode(texts[-1], skip_special_tokens=True)!r}")
+
+
+def show_comparison(scores_of: "dict[str, Evaluation]") -> None:
+    """Print a row for the original and one for each result: scores of all domains together."""
+    from .evaluation_tables import cell, estimate
+
+    first = next(iter(scores_of.values()))
+    base = estimate(first.generation.repetition.baseline, "{:.1%}")
+    rows = [["original", f"{first.overall.baseline_perplexity:.2f}", "", "", base]]
+    for name, scores in scores_of.items():
+        score = scores.overall
+        rows.append(
+            [
+                name,
+                cell(score.perplexity, score.perplexity_interval, "{:.2f}"),
+                cell(score.kl, score.kl_interval, "{:.4f}"),
+                cell(score.top1_agreement, score.top1_agreement_interval, "{:.1%}"),
+                estimate(scores.generation.repetition.value, "{:.1%}"),
+            ]
+        )
+    print_table("Comparison", ["", "perplexity", "KL (nats)", "same top token", "repeated"], rows)
+    typer.echo(f"In brackets: {first.confidence:.0%} confidence intervals. The model card has the domains one by one.")
 
 
 def _itself(model: "PreTrainedModel") -> "PreTrainedModel":

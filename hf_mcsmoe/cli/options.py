@@ -45,7 +45,11 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or 
 Output = Annotated[Path, typer.Option("--output", help="Folder for the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
 Calibration = Annotated[
-    str | None, typer.Option("--calibration", help=".txt, .jsonl, .parquet or .npy; without it the text that ships.")
+    str | None,
+    typer.Option(
+        "--calibration",
+        help=".txt, .jsonl, .parquet or .npy, or a folder that `calibrate` wrote; without it the text that ships.",
+    ),
 ]
 Data = Annotated[
     list[str] | None,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NOT_EVALUATED = "not evaluated"
+FOUR_DIGITS = "{:#.4g}"
 ALWAYS_OPEN = ("other domains and languages", "long contexts", "safety")
 Scores = Mapping[str, Any]
 
@@ -56,7 +57,7 @@ def _domain_rows(scores: Scores) -> list[list[str]]:
                 plain(name),
                 f"{score['tokens']:,}",
                 _perplexity(score["baseline_loss"]),
-                _with_interval(score["perplexity"], score.get("perplexity_interval"), "{:.4g}"),
+                _with_interval(score["perplexity"], score.get("perplexity_interval"), FOUR_DIGITS),
                 _with_interval(_increase(score), score.get("loss_increase_interval"), "{:+.4f}"),
                 kl if score["kl"] is None else f"{bound}{kl}",
                 _with_interval(score["top1_agreement"], score.get("top1_agreement_interval"), "{:.1%}"),
@@ -165,7 +166,7 @@ def _loss_increase(score: Scores) -> str:
 
 
 def _perplexity(loss: float | None) -> str:
-    return NOT_EVALUATED if loss is None else f"{math.exp(min(loss, 700.0)):.4g}"
+    return NOT_EVALUATED if loss is None else _written(math.exp(min(loss, 700.0)), FOUR_DIGITS)
 
 
 def _estimate(found: Scores | None, form: str) -> str:
@@ -177,5 +178,9 @@ def _with_interval(value: float | None, interval: Mapping[str, float] | None, fo
     if value is None:
         return NOT_EVALUATED
     if interval is None:
-        return form.format(value)
-    return f"{form.format(value)} [{form.format(interval['low'])}, {form.format(interval['high'])}]"
+        return _written(value, form)
+    return f"{_written(value, form)} [{_written(interval['low'], form)}, {_written(interval['high'], form)}]"
+
+
+def _written(value: float, form: str) -> str:
+    return form.format(value).rstrip(".")  # four digits of 1234 would end in a point

@@ -34,7 +34,7 @@ def sections(report: Mapping[str, Any], recipe: Recipe, scores: Mapping[str, Any
     """
     return {
         "summary": _summary(report, base),
-        "sizes": _sizes(report, recipe),
+        "sizes": _sizes(report),
         "layers": [_layer_row(run) for run in _runs(report["layers"])],
         **score_sections(scores),
         "method": [*_method(recipe), *_choice(report.get("tried"))],
@@ -78,23 +78,29 @@ def licence(metadata: Mapping[str, str], base: str) -> str:
 
 def _summary(report: Mapping[str, Any], base: str) -> str:
     layers = report["layers"]
-    before, after = (sum(layer[f"num_experts_{time}"] for layer in layers) for time in ("before", "after"))
-    return (
-        f"This is {base} with {count(after)} experts instead of {count(before)} in "
-        f"{_times(len(layers), 'MoE layer')}. Made with `hf_mcsmoe`."
+    before, after, old, new = (
+        sum(layer[f"{what}_{time}"] for layer in layers)
+        for what in ("num_experts", "parameters")
+        for time in ("before", "after")
     )
+    where = f"in {_times(len(layers), 'MoE layer')}"
+    if before == after:
+        what = f"{new / old:.1%} of the parameters of its {count(before)} experts {where}"
+    else:
+        what = f"{count(after)} experts instead of {count(before)} {where}, {new / old:.1%} of the expert parameters"
+    return f"This is {base} with {what}. Made with `hf_mcsmoe`."
 
 
 def _times(number: int, noun: str) -> str:
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
-def _sizes(report: Mapping[str, Any], recipe: Recipe) -> list[list[str]]:
+def _sizes(report: Mapping[str, Any]) -> list[list[str]]:
     """Name, before, after and share of each size; reports of older versions do not know the active parameters."""
-    active = "active parameters" if recipe.selection is None else "active parameters, on average"
+    is_average = any(len(set(layer["widths"])) > 1 for layer in report["layers"])
     kinds = (
         ("parameters", "total_parameters", count),
-        (f"{active} (of one token)", "active_parameters", count),
+        (f"active parameters of a token{', on average' if is_average else ''}", "active_parameters", count),
         ("bytes", "total_bytes", size),
     )
     rows = []
