@@ -200,6 +200,7 @@ def known_numbers(report):
         if before is not None:
             found |= {after / before, *(value / 10**power for value in (before, after) for power in (3, 6, 9))}
     layers = report["layers"]
+    found.add(sum(one["parameters_after"] for one in layers) / sum(one["parameters_before"] for one in layers))
     found |= {
         float(len(layers)),
         *(float(sum(one[f"num_experts_{t}"] for one in layers)) for t in ("before", "after")),
