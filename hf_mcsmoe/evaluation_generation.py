@@ -122,7 +122,9 @@ def continuations(
 ) -> list[list[int]]:
     """What a causal language model writes after each prompt, always with the most likely token.
 
-    Prompts of a batch are padded on the left, so that all continue at the same place.
+    Prompts of a batch are padded on the left, so that all continue at the same place. A model whose state runs over
+    padding may write something else in a padded batch than alone; prompts of equal length, as those from full rows,
+    need none.
 
     Args:
         model: On any device or device map; it gets its mode back.

@@ -340,6 +340,18 @@ def test_a_written_card_knows_the_folder_and_the_base_models_licence(tmp_path):
         write_card(base)
 
 
+def test_the_licence_of_a_base_model_on_the_hub_is_that_of_its_cached_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(card_module, "try_to_load_from_cache", lambda *_: None)
+    assert card_module.local_licence("some-lab/Tiny-MoE") is None
+    cached = tmp_path / "README.md"
+    cached.write_text("---\nlicense: apache-2.0\ntags: [moe]\n---\n")
+    asked = []
+    monkeypatch.setattr(card_module, "try_to_load_from_cache", lambda *names: asked.append(names) or str(cached))
+    assert card_module.local_licence("some-lab/Tiny-MoE") == {"license": "apache-2.0"}
+    assert card_module.local_licence(str(tmp_path)) == {"license": "apache-2.0"}  # a folder is read itself
+    assert asked == [("some-lab/Tiny-MoE", "README.md")] and card_module.local_licence(None) is None
+
+
 def test_text_from_outside_cannot_break_the_card():
     evaluation = Evaluation({"a | b\n# c": CODE}, ALL)
     calibration = {"source": "{{ 1 }} </td>\n---\n"}

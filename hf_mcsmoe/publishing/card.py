@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from transformers.models.auto import modeling_auto
 
 from ..evaluation import Evaluation
@@ -87,7 +87,7 @@ def write_card(folder: str | Path, **options: Any) -> Path:
 
     Args:
         folder: Holds `compression_report.json`; a tokenizer in it is noticed.
-        options: Of `model_card`. Without `base_license` the card of a base model in a local folder is asked.
+        options: Of `model_card`. Without `base_license` the base model's card is asked, see `local_licence`.
 
     Returns:
         The path of the card.
@@ -108,8 +108,18 @@ def write_card(folder: str | Path, **options: Any) -> Path:
 
 
 def local_licence(base_model: str | None) -> dict[str, str] | None:
-    """What the card in a local folder declares as licence; None if it is no folder or declares nothing."""
+    """What the card of a base model declares as licence, as far as this machine knows it.
+
+    Args:
+        base_model: A folder, or a Hub id whose card is in the cache; no network is used.
+
+    Returns:
+        None if there is no card here, or it declares nothing.
+    """
     path = Path(base_model or "") / CARD_FILE
+    if hub_id(base_model):
+        cached = try_to_load_from_cache(base_model, CARD_FILE)
+        path = Path(cached) if isinstance(cached, str) else path
     if not base_model or not path.is_file():
         return None
     try:
