@@ -27,7 +27,7 @@ from hf_mcsmoe.loading import load_model, load_tokenizer
 from hf_mcsmoe.local_paths import without_paths
 from hf_mcsmoe.publishing import model_card, write_report
 from hf_mcsmoe.publishing.card import local_licence
-from hf_mcsmoe.recipe import PRESETS
+from hf_mcsmoe.recipe import PRESETS, Recipe
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 ASSETS = Path(hf_mcsmoe.__file__).parent / "assets"
@@ -76,8 +76,13 @@ def card_of(report: dict[str, Any], preset: str) -> ModelCard:
 
 
 def sources_of(preset: str) -> str:
-    """A hash of the recipe, and of model and texts: with others the report would be another."""
-    digest = hashlib.sha256(json.dumps(recipe_from_preset(preset, keep=KEEP).to_dict(), sort_keys=True).encode())
+    """A hash of what the recipe decides, and of model and texts: with others the report would be another.
+
+    Fields that are as in every recipe are left out, so that a new one, which no preset uses, changes nothing.
+    """
+    defaults = Recipe().to_dict()
+    decided = {k: v for k, v in recipe_from_preset(preset, keep=KEEP).to_dict().items() if v != defaults[k]}
+    digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
     for path in (MODEL / "model.safetensors", MODEL / "tokenizer.json", *sorted(ASSETS.glob("*.jsonl"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

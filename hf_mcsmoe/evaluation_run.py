@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
-from .evaluation import evaluate_model
+from .evaluation import check_causal, evaluate_model
 from .evaluation_generation import MAX_NEW_TOKENS, check_generation, continuations, end_tokens
 from .evaluation_harness import TaskResult, compare_tasks, run_tasks
 from .evaluation_scores import Evaluation
@@ -99,9 +99,13 @@ def measure(model: PreTrainedModel, extras: Extras, *, name: str = "model", prog
         extras: What is asked.
         name: Of the model, for the progress bar.
         progress: Show bars.
+
+    Raises:
+        TypeError: It is no causal language model.
     """
+    check_causal(model)
     written = tasks = None
-    if extras.prompts:
+    if extras.prompts and model.can_generate():
         written = continuations(
             model,
             extras.prompts,

@@ -163,3 +163,18 @@ def test_one_at_a_time_is_the_same_evaluation_and_loads_the_baseline_once(models
     assert loaded == [baseline, baseline]
     with pytest.raises(FileNotFoundError, match="There is no file of cached logits"):
         one_at_a_time(None, tmp_path / "none.safetensors", data, extras)
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused_before_it_writes():
+    extras = Extras(prompts=[[5, 9]])
+    other = tiny_model("switch_transformers")
+    with pytest.raises(TypeError, match="Only causal language models"):
+        beside(lambda: other, extras)
+
+
+def test_a_model_that_cannot_write_is_only_scored():
+    model = tiny_model("qwen3_moe")
+    model.can_generate = lambda: False
+    data = {"a": ragged_data()["a"]}
+    scores, measured = evaluate_whole(lambda: model, data, Extras(prompts=[[5, 9]]), progress=False)
+    assert scores.generation is None and measured.written is None and scores.overall.loss > 0
