@@ -1,6 +1,7 @@
 """The table of methods: every preset, from the registries. `python -m hf_mcsmoe.method_table --write README.md`."""
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ def layouts_of(name: str) -> list[str]:
             continue
         possible.append(layout)
     return possible
+
+
+def part_rows() -> list[dict[str, Any]]:
+    """One row for each part that a recipe may name: "step", "name", "options", "collects" and what it does."""
+    rows = []
+    for step, registry in STEPS.items():
+        for name in registry if step != "importance" else ():  # the same as saliency
+            needs = sorted(registry.needs(name)) + (["tokens"] if "tokens" in registry.asks_for(name) else [])
+            what = (inspect.getdoc(registry[name]) or "").partition("\n")[0]
+            row = {"step": step, "name": name, "options": registry.options(name), "collects": needs, "what": what}
+            rows.append(row)
+    return rows
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:

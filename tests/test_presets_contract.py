@@ -11,12 +11,23 @@ from transformers import AutoModelForCausalLM
 from hf_mcsmoe import load_calibration, plan
 from hf_mcsmoe.auto_candidates import AUTO
 from hf_mcsmoe.families import find_layers
+from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 LOOSE = {"rtol": 1e-3, "atol": 1e-3}
 # "auto" takes one of the others. Its choice has tests of its own.
 METHODS = sorted(PRESETS.keys() - {AUTO})
+
+
+def recipes_of_operators():
+    """M-SMoE with each merging operator that no preset has, by a name of ours: operators are held to all this too."""
+    used = {recipe_from_preset(name).merging for name in PRESETS}
+    return {f"m-smoe with {name}": {"preset": "m-smoe", "merging": name} for name in MERGING if name not in used}
+
+
+OPERATORS = recipes_of_operators()
+METHODS += OPERATORS
 # Each model as (model type, what it has other than the tiny models): top-2 of 8 experts, and top-4 of 16.
 MODELS = {
     "8 experts, top-2": ("mixtral", {}),
@@ -31,10 +42,20 @@ SMALLER = {name: {"matching_options": {"steps": 8}} for name in METHODS if name.
 SMALLER["mc-smoe"] = {"decomposition_options": {"rank": 8, "keep_rows": 0.1}}
 
 
+def changes_of(method):
+    """The preset and what is changed of it, for `recipe_from_preset`."""
+    return {**OPERATORS.get(method, {"preset": method}), **SMALLER.get(method, {})}
+
+
 def solves(name):
     """Whether a preset solves systems with what layers were given, where a bfloat16 model gives them other numbers."""
-    recipe = recipe_from_preset(name)
+    recipe = recipe_from_preset(**changes_of(name))
     return recipe.needs_inputs or recipe.decomposition is not None
+
+
+def choices(model):
+    """What routers and grouping chose."""
+    return [(layer.usage_frequency, layer.group_of_expert) for layer in model.compression_report.layers]
 
 
 def slowly(values):
@@ -54,8 +75,8 @@ def model_of(request, original):
 def run(compress):
     """`run(model, preset, calibration)`: compress with a preset, made faster where it takes long."""
 
-    def run(model, preset, *data, **changes):
-        return compress(model, *data, preset=preset, **{**SMALLER.get(preset, {}), **changes})
+    def run(model, method, *data, **changes):
+        return compress(model, *data, **{**changes_of(method), **changes})
 
     return run
 
@@ -69,7 +90,7 @@ def test_keeping_everything_is_bit_identical(preset, model_of, run, prompt):
 def test_the_result_is_as_small_as_planned_and_loads_again(preset, model_of, run, prompt, tmp_path):
     result = run(model_of(), preset)
     report = result.compression_report
-    planned = plan(model_of(), recipe_from_preset(preset, **SMALLER.get(preset, {})))
+    planned = plan(model_of(), recipe_from_preset(**changes_of(preset)))
     assert report.total_parameters_after == planned.total_parameters_after
     assert report.total_bytes_after == sum(p.numel() * p.element_size() for p in result.parameters())
     assert report.total_bytes_after < report.total_bytes_before
@@ -127,14 +148,14 @@ def test_hardly_any_routing_still_gives_a_finite_model(case, preset, model_of, r
 
 @pytest.mark.parametrize("preset", [name for name in METHODS if not solves(name)])
 def test_bfloat16_is_the_float32_result_but_for_rounding(preset, model_of, run, tokens):
-    # Few tokens, and the first row for which rounding in the forward does not change the choice of an expert.
+    # Few tokens, and the first row for which rounding in the forward changes no choice.
     for row in tokens:
         narrow = model_of().to(torch.bfloat16)
         wide = copy.deepcopy(narrow).float()
         narrow, wide = (run(model, preset, row[None, :4]) for model in (narrow, wide))
-        if usage(narrow) == usage(wide):
+        if choices(narrow) == choices(wide):
             break
-    assert usage(narrow) == usage(wide)
+    assert choices(narrow) == choices(wide)
     for (name, tensor), other in zip(narrow.state_dict().items(), wide.state_dict().values(), strict=True):
         if tensor.is_floating_point():
             assert tensor.dtype == torch.bfloat16 and other.dtype == torch.float32

@@ -45,7 +45,6 @@ class CleanErrors(TyperGroup):
 app = typer.Typer(
     cls=CleanErrors,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
