@@ -81,7 +81,7 @@ def sources_of(preset: str) -> str:
     Fields that are as in every recipe are left out, so that a new one, which no preset uses, changes nothing.
     """
     defaults = Recipe().to_dict()
-    decided = {k: v for k, v in recipe_from_preset(preset, keep=KEEP).to_dict().items() if v != defaults[k]}
+    decided = {k: v for k, v in recipe_from_preset(preset, keep=KEEP).to_dict().items() if v != defaults.get(k)}
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
     for path in (MODEL / "model.safetensors", MODEL / "tokenizer.json", *sorted(ASSETS.glob("*.jsonl"))):
         digest.update(path.read_bytes())

@@ -59,7 +59,7 @@ def evaluate_command(
 ) -> None:
     """Measure perplexity per domain and, with --baseline, how far predictions moved and whether the model loops.
 
-    Example: hf-mcsmoe evaluate out --baseline Qwen/Qwen3-30B-A3B --data held_out.jsonl --lm-eval arc_easy --save
+    Example: hf-mcsmoe evaluate out --baseline Qwen/Qwen3-30B-A3B --data held_out.jsonl --save
     """
     from ..evaluation_harness import check_tasks
     from ..evaluation_run import evaluate_whole
