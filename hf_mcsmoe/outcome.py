@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .config import FORMAT_VERSION
 from .modeling.merged_model import merged_class
 from .modeling.native_width import NativeFields, adopt_native
+from .peak_memory import peak_memory
 from .recipe import Recipe
+from .recipe_reading import resolved
 from .types import CompressionReport, LayerReport, MoeLayer
 
 
@@ -32,6 +34,7 @@ def conclude(
     used_again: Sequence[str] = (),
     start: float,
     warnings: list[str],
+    statistics: dict[str, Tensor] | None = None,
 ) -> None:
     """Make a model whose layers are compressed what it is now, and attach its report.
 
@@ -49,6 +52,7 @@ def conclude(
         used_again: The layers whose experts are those of another layer too, once for each such layer.
         start: `time.perf_counter()` when the work began.
         warnings: For the report.
+        statistics: For the report: those of all layers, see `layer_record`.
     """
     architecture, name_or_path = type(model).__name__, model.config.name_or_path or None
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "scipy")}
@@ -61,7 +65,7 @@ def conclude(
         adopt_native(model, layers, native, reports[0].num_experts_after, reports[0].widths[0])
     after = after or count(model)
     model.compression_report = CompressionReport(
-        recipe=recipe.to_dict(),
+        recipe=resolved(recipe),
         calibration=fingerprint,
         layers=reports,
         base_model=name_or_path,
@@ -75,6 +79,8 @@ def conclude(
         warnings=warnings,
         active_parameters_before=active_before,
         active_parameters_after=active_before + active_change(layers, reports, after[0] - before[0], used_again),
+        peak_memory=peak_memory(),
+        statistics=statistics or {},
     )
 
 
