@@ -106,19 +106,8 @@ def compress_by_streaming(
     summary = StreamingSummary(1 if one_pass else 2, str(device), 0)
     try:
         with finished_layers_stay(working):
-            run = StreamingRun(
-                model,
-                shards,
-                target_of,
-                layers,
-                recipe,
-                data,
-                journal,
-                device=device,
-                hidden_states_bytes=hidden_states_bytes,
-                progress=progress,
-                summary=summary,
-            )
+            how = {"hidden_states_bytes": hidden_states_bytes, "progress": progress, "summary": summary}
+            run = StreamingRun(model, shards, target_of, layers, recipe, data, journal, device=device, **how)
             summary.num_decoder_layers = len(run.stack)
             stream(run, one_pass)
             reports, layouts, recorded = run.results()
