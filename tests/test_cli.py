@@ -272,7 +272,7 @@ def test_demo_goes_the_whole_way(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mcsmoe.cli.demo.EVALUATION_ROWS", 4)
     text = succeed("demo", "--output", tmp_path / "out", "--layout", "native")
     parts = ("1. ", "6. ", "parameters", "perplexity", "repeated", "original: '", "m-smoe: '", "narrow-obs: '")
-    for part in (*parts, "Next, try:"):
+    for part in (*parts, "compression_report.html", "Next, try:"):
         assert part in text
     assert text.index("m-smoe:") < text.index("narrow-obs:")
     report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
