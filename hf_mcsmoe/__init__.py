@@ -10,6 +10,7 @@ from .calibration import Calibration, load_calibration
 from .compress import compress_moe
 from .config import MergedSparseMoeConfig
 from .decompose import decompose_merged
+from .export import export_checkpoint
 from .modeling import (
     MergedSparseMoeForCausalLM,
     MergedSparseMoeForImageTextToText,
@@ -63,6 +64,7 @@ __all__ = [
     "compress_moe",
     "decompose_merged",
     "densify",
+    "export_checkpoint",
     "harden",
     "load_calibration",
     "lora_config",

@@ -2,11 +2,14 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from .modeling.client_keys import add_client_keys
 from .modeling.offload import offloaded_state_dict
 from .publishing import write_card, write_report
 from .types import CompressionReport
@@ -51,16 +54,29 @@ def save_checkpoint(
     overwrite: bool = False,
 ) -> None:
     """Write model, tokenizer, report, recipe and card into a temporary folder, then rename it to `folder`."""
+    with written_whole(folder, overwrite) as complete:
+        model.save_pretrained(complete, state_dict=offloaded_state_dict(model))
+        add_client_keys(complete, model.config, report.base_model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(complete)
+        write_report(report, complete)
+        write_card(complete, repo_name=folder.name)
+
+
+@contextmanager
+def written_whole(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into that takes the name `folder` at the end; nothing is left of it after an error.
+
+    Raises:
+        FileExistsError: See `check_output_folder`.
+    """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_output_folder(folder, overwrite)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         complete = Path(temporary) / "new"
-        model.save_pretrained(complete, state_dict=offloaded_state_dict(model))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(complete)
-        write_report(report, complete)
-        write_card(complete, repo_name=folder.name)
+        complete.mkdir()
+        yield complete
         if folder.exists():
             folder.rename(Path(temporary) / "old")  # removed together with the temporary folder
         complete.rename(folder)

@@ -12,6 +12,7 @@ from .cache_teacher import cache_teacher_command
 from .compress import compress_command
 from .demo import demo_command
 from .evaluate import evaluate_command
+from .export import export_command
 from .families import families_command
 from .inspect import inspect_command
 from .plan import plan_command
@@ -76,6 +77,7 @@ app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("compress")(compress_command)
 app.command("evaluate")(evaluate_command)
+app.command("export")(export_command)
 app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)
 # What it does not know itself are training arguments.
