@@ -114,7 +114,8 @@ def convert(
         tensors = native_tensors(mapped, cuts, width, bar.update)
     config = native_config(plan.empty.config, fields, plan.num_slots, plan.num_experts, width)
     native = native_model(type(plan.empty), config, tensors)
-    native.generation_config = copy.deepcopy(mapped.generation_config)
+    if hasattr(mapped, "generation_config"):  # not in models that do not generate
+        native.generation_config = copy.deepcopy(mapped.generation_config)
     after = count(native)
     return native, Changes(
         num_slots=plan.num_slots,

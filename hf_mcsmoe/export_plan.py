@@ -91,10 +91,10 @@ def plan_export(source: str | Path) -> ExportPlan:
     excluded = [layer for layer in found if layer.name not in config.layers and layer.name not in tied]
     by_name = {entry["layer"]: entry for entry in report["layers"]}
     first = {layer.name: tied.get(layer.name, layer).name for layer in compressed}
-    unknown = [name for name in {*config.layers, *first.values()} if name not in by_name or name not in first]
+    unknown = [name for name in config.layers if first.get(name) not in by_name]
     if unknown or not layers:
         raise ValueError(
-            f"The report in {str(source)!r} does not describe the layers {sorted(unknown)[:5]} of the checkpoint. "
+            f"The report in {str(source)!r} does not describe the layers {unknown[:5]} of the checkpoint. "
             "Restore compression_report.json from the model's repository."
         )
     plan = ExportPlan(
