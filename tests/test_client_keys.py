@@ -93,6 +93,15 @@ def test_the_spellings_of_the_base_models_file_are_kept_with_the_values_of_the_r
     assert values.get("architectures") != ["Other"] and values["transformers_version"] != "4.51.0"
 
 
+def test_a_key_that_the_configuration_knows_by_another_name_says_what_the_result_has(tmp_path):
+    config = tiny_config("deepseek_v3")
+    saved(config, tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"num_mtp_layers": 7}))
+    add_client_keys(tmp_path, config, str(tmp_path / "base"))
+    assert config_of(tmp_path)["num_mtp_layers"] == config.num_nextn_predict_layers == 0
+
+
 def test_inner_configurations_are_treated_too(tmp_path):
     text = tiny_config("qwen3_moe").to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 900.0}}
     text.pop("model_type")
