@@ -6,11 +6,13 @@ Importing this package registers `MergedSparseMoeConfig` and the model classes w
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .calibrate import calibrate_moe
 from .calibration import Calibration, load_calibration
 from .compress import compress_moe
 from .config import MergedSparseMoeConfig
 from .decompose import decompose_merged
 from .export import export_checkpoint
+from .fitting import fit_recipe
 from .modeling import (
     MergedSparseMoeForCausalLM,
     MergedSparseMoeForImageTextToText,
@@ -61,10 +63,12 @@ __all__ = [
     "Recipe",
     "SparsityScheduleCallback",
     "cache_teacher",
+    "calibrate_moe",
     "compress_moe",
     "decompose_merged",
     "densify",
     "export_checkpoint",
+    "fit_recipe",
     "harden",
     "load_calibration",
     "lora_config",

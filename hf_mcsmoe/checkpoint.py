@@ -54,25 +54,21 @@ def save_checkpoint(
     overwrite: bool = False,
 ) -> None:
     """Write model, tokenizer, report, recipe and card into a temporary folder, then rename it to `folder`."""
-    with written_whole(folder, overwrite) as complete:
+    check_output_folder(folder, overwrite)
+    with replacing(folder) as complete:
         model.save_pretrained(complete, state_dict=offloaded_state_dict(model))
         add_client_keys(complete, model.config, report.base_model)
         if tokenizer is not None:
             tokenizer.save_pretrained(complete)
         write_report(report, complete)
-        write_card(complete, repo_name=folder.name)
+        write_card(complete, repo_name=folder.absolute().name)
 
 
 @contextmanager
-def written_whole(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that takes the name `folder` at the end; nothing is left of it after an error.
-
-    Raises:
-        FileExistsError: See `check_output_folder`.
-    """
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write to; it takes the place of `folder` when the block ends without an error."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    check_output_folder(folder, overwrite)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         complete = Path(temporary) / "new"
         complete.mkdir()

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
-from .checkpoint import check_free_space, check_output_folder, written_whole
+from .checkpoint import check_free_space, check_output_folder, replacing
 from .evaluation import Evaluation, evaluate_model
 from .export_plan import ExportPlan, plan_export, refused
 from .export_report import Changes, copy_other_files, exported_report
@@ -79,7 +79,7 @@ def export_checkpoint(
     with refused(source):
         native, changes = convert(plan, router, router_options or {}, progress)
     check_free_space(output, changes.bytes[1])
-    with written_whole(output, overwrite) as complete:
+    with replacing(output) as complete:
         native.save_pretrained(complete)
         add_client_keys(complete, native.config, plan.report["base_model"])
         copy_other_files(plan.files, complete)
@@ -87,7 +87,7 @@ def export_checkpoint(
         del native
         scores = compare(plan.folder, complete, data, batch_size, progress) if data is not None else None
         report = write_report(exported_report(plan.report, changes, layers, scores), complete)
-        write_card(complete, repo_name=output.name, **licence_of(plan.folder))
+        write_card(complete, repo_name=output.absolute().name, **licence_of(plan.folder))
     return report
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .expert_values import PackedExperts
-from .statistics import sum_dtype
+from .observed import sum_dtype
 
 CHUNK_TOKENS = 8192  # features of so many tokens are held at a time: T k I numbers
 

@@ -1,29 +1,30 @@
 """One layer through the steps of a recipe: group, align, merge, route, install, and measure what it did."""
 
 import dataclasses
+import functools
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .decomposition import DECOMPOSITION
 from .executors.in_memory import Collected
 from .expert_decomposition import decompose_experts
 from .expert_values import PackedExperts
-from .gated_features import Activation, RoutedTokens, sum_input_grams
-from .layer_fit import FittedExperts, fit_experts, original_output, refit_down, routed_tokens
+from .gated_features import sum_input_grams
+from .layer_fit import FittedExperts, fit_experts, refit_down
 from .layer_inputs import LayerInputs, relative_error, routed_output
 from .layer_merging import MergedLayer, merge_layer
+from .layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_result
 from .matching import MATCHING
 from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
 from .modeling.experts import install_mapped, install_native, replace_experts
 from .modeling.install_forms import install_low_rank_sparse, install_ragged
-from .modeling.offload import fetched
 from .recipe import Recipe
 from .routing import ROUTING
 from .sizes import expert_size, neuron_size
-from .types import ExpertGroups, ExpertWeights, LayerReport, MoeLayer
+from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
 
 # Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
 WORTH_COLLAPSING = 0.1
@@ -50,7 +51,8 @@ def compress_layer(
     before = routed_output(layer, collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_size = expert_size(layer, recipe) if recipe.decomposition is not None else size
-    merged = merge_layer(layer, recipe, collected.statistics, num_experts)
+    original = functools.cache(lambda: original_tokens(layer, collected))
+    merged = merge_layer(layer, recipe, collected.statistics, num_experts, original)
     share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
     layout = {
         "num_experts": num_experts,
@@ -58,10 +60,10 @@ def compress_layer(
         "has_dropped": bool((merged.groups.group_of_expert < 0).any()),
         "collapse_duplicates": worth_collapsing(recipe, share),
     }
-    tokens = tokens_of_layer(layer, collected, merged) if recipe.needs_inputs else None
+    tokens = tokens_of_layer(layer, collected, merged, original()) if reads_tokens(recipe) else None
     fitted = None
     if recipe.is_fitted and not is_unchanged(layer, recipe, merged):
-        fitted = fit_layer(layer, recipe, merged, tokens)
+        fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
         if recipe.matching is not None:
             fitted = match_layer(layer, recipe, collected, tokens, fitted)
     install(layer, recipe, merged, tokens, fitted, layout)
@@ -92,27 +94,11 @@ def compress_layer(
     return report, layout
 
 
-@dataclass(frozen=True, eq=False)
-class LayerTokens:
-    """What the experts of a compressed layer see of the kept tokens, and the function between their matrices."""
-
-    activation: Activation
-    assignment: Tensor  # (slots, M) float32: 1 where a slot of the router goes to an expert
-    calibration: list[RoutedTokens]
-    held_out: list[RoutedTokens]
-
-
-def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer) -> LayerTokens:
+def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens) -> LayerTokens:
     """The kept tokens under the gates that the result will apply, with what the original experts give for them.
 
     In the native layout with fewer experts the merged ones are installed for that: the router must be cut.
     """
-    kept = (collected.calibration, collected.held_out)
-    with fetched(layer.experts):
-        stacked = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
-        original = as_float32(layer.family.view(layer, stacked))
-        activation = layer.family.activation(layer)
-        targets = [original_output(original, activation, inputs) for inputs in kept]
     num_experts, group_of_expert = merged.groups.num_groups, merged.groups.group_of_expert
     reroute = is_router_cut(layer, merged)
     if reroute:
@@ -122,11 +108,7 @@ def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer) 
         assignment = torch.zeros(layer.num_slots, num_experts)
         stays = (group_of_expert >= 0).nonzero().flatten()
         assignment[stays, group_of_expert[stays]] = 1.0
-    tokens = [
-        routed_tokens(layer, inputs, assignment, outputs, reroute=reroute)
-        for inputs, outputs in zip(kept, targets, strict=True)
-    ]
-    return LayerTokens(activation, assignment, *tokens)
+    return tokens_of_result(layer, collected, original, assignment, reroute=reroute)
 
 
 def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
@@ -134,16 +116,19 @@ def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
     return merged.routing.rows is not None and merged.groups.num_groups < layer.num_slots
 
 
-def as_float32(weights: ExpertWeights) -> PackedExperts:
-    """All neurons of experts of one width, in float32."""
-    return PackedExperts.from_dense(ExpertWeights(**{name: t.float() for name, t in weights.tensors().items()}))
+def reads_tokens(recipe: Recipe) -> bool:
+    """Whether tokens are needed under the gates of the result."""
+    return recipe.is_fitted or (recipe.decomposition is not None and bool(DECOMPOSITION.needs(recipe.decomposition)))
 
 
-def fit_layer(layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens) -> FittedExperts:
+def fit_layer(
+    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens, statistics: LayerStatistics
+) -> FittedExperts:
     """Select neurons and refit, as the recipe says."""
     experts = as_float32(layer.family.view(layer, merged.parameters))
     budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
-    return fit_experts(experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out)
+    supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
+    return fit_experts(experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out, supply)
 
 
 def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:
@@ -157,7 +142,12 @@ def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:
 def match_layer(
     layer: MoeLayer, recipe: Recipe, collected: Collected, tokens: LayerTokens, fitted: FittedExperts
 ) -> FittedExperts:
-    """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now."""
+    """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now.
+
+    Without held-out tokens nothing could tell whether that made the layer better: it is left as it is.
+    """
+    if not tokens.held_out:
+        return fitted
     how = {"seed": recipe.seed, **recipe.matching_options}
     router = others = None
     if trains_router(layer, recipe):

@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ def fit_experts(
     num_neurons: int,
     tokens: list[RoutedTokens],
     held_out: list[RoutedTokens],
+    supply: Mapping[str, Callable[[], Any]] | None = None,
 ) -> FittedExperts:
     """Select neurons and refit the down projections, as the recipe says.
 
@@ -91,10 +93,11 @@ def fit_experts(
         num_neurons: How many neurons stay in all.
         tokens: What the experts will see under the gates of the result, and what the layer should give.
         held_out: The same for other tokens; may be empty.
+        supply: What else a selection may ask for, beside "grams".
     """
     if recipe.selection is not None and num_neurons < experts.num_neurons:
-        grams = with_unreached(sum_expert_grams(experts, activation, tokens), experts, activation, tokens)
-        saliency = SELECTION[recipe.selection](experts, grams, **recipe.selection_options)
+        supply = {"grams": lambda: grams_of(experts, activation, tokens), **(supply or {})}
+        saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
         is_uniform = recipe.layout == "native"
         budget = num_neurons // experts.num_experts if is_uniform else num_neurons
         kept = choose_neurons(saliency, experts.offsets.tolist(), budget, is_uniform)
@@ -102,6 +105,11 @@ def fit_experts(
     if recipe.refit is None:
         return FittedExperts(experts, None, None, False)
     return refit_down(experts, activation, recipe, tokens, held_out)
+
+
+def grams_of(experts: PackedExperts, activation: Activation, tokens: list[RoutedTokens]) -> list[Tensor]:
+    """For each expert the Gram of its gated neurons, (width, width) float64, also where no token reached it."""
+    return with_unreached(sum_expert_grams(experts, activation, tokens), experts, activation, tokens)
 
 
 def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uniform: bool) -> Tensor:

@@ -1,6 +1,8 @@
 """The experts of one layer become fewer: saliency, similarity, grouping, alignment, merging, routing."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,11 @@ from .saliency import SALIENCY
 from .similarity import SIMILARITY
 from .types import ExpertGroups, ExpertWeights, LayerStatistics, MoeLayer, Routing, permute
 
+if TYPE_CHECKING:
+    from .layer_tokens import LayerTokens
+
+Supply = Mapping[str, Callable[[], Any]]  # what steps may ask for beside their fixed arguments
+
 
 @dataclass(frozen=True, eq=False)
 class MergedLayer:
@@ -25,55 +32,98 @@ class MergedLayer:
     parameters: dict[str, Tensor]  # M experts as the family stacks them
 
 
-def merge_layer(layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics, num_experts: int) -> MergedLayer:
-    """Group and merge the experts of a layer, which is left as it is."""
+def merge_layer(
+    layer: MoeLayer,
+    recipe: Recipe,
+    statistics: LayerStatistics,
+    num_experts: int,
+    original: "Callable[[], LayerTokens] | None" = None,
+) -> MergedLayer:
+    """Group and merge the experts of a layer, which is left as it is.
+
+    Args:
+        layer: As found in the original model.
+        recipe: The steps.
+        statistics: Of the layer.
+        num_experts: M.
+        original: The kept tokens, for steps that ask for "tokens"; made only then.
+    """
     with fetched(layer.experts):
         old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         weights = layer.family.view(layer, old)
-        groups = group_experts(layer, recipe, statistics, weights, num_experts)
+        supply = {"statistics": lambda: statistics, "tokens": original, "weights": lambda: weights}
+        groups = group_experts(layer, recipe, statistics, weights, num_experts, supply)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
-        merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new))
+        merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
         for name, rows in layer.passive_expert_rows.items():
             new[name] = torch.cat([new[name], rows.detach()])
     return MergedLayer(groups, ROUTING[recipe.layout](groups), new)
 
 
 def group_experts(
-    layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics, weights: ExpertWeights, num_experts: int
+    layer: MoeLayer,
+    recipe: Recipe,
+    statistics: LayerStatistics,
+    weights: ExpertWeights,
+    num_experts: int,
+    supply: Supply | None = None,
 ) -> ExpertGroups:
     """Which experts of a layer become one, by the recipe's saliency, similarity and grouping."""
+    supply = supply or {}
     saliency = SALIENCY[recipe.saliency](statistics, weights, **recipe.saliency_options)
     similarity = None
     if recipe.similarity is not None:
-        similarity = SIMILARITY[recipe.similarity](statistics, weights, **recipe.similarity_options)
+        how = {"options": recipe.similarity_options, "supply": supply}
+        similarity = SIMILARITY.call(recipe.similarity, statistics, weights, **how)
     # A group-limited router that loses rows must lose the same number in each of its groups.
     partitions = layer.num_router_groups if recipe.layout == "native" else 1
-    return GROUPING[recipe.grouping](saliency, similarity, num_experts, partitions, **recipe.grouping_options)
+    how = {"options": recipe.grouping_options, "supply": supply}
+    return GROUPING.call(recipe.grouping, saliency, similarity, num_experts, partitions, **how)
 
 
 @torch.no_grad()
 def merge_groups(
-    weights: ExpertWeights, groups: ExpertGroups, recipe: Recipe, importance: Tensor, into: ExpertWeights
+    weights: ExpertWeights,
+    groups: ExpertGroups,
+    recipe: Recipe,
+    importance: Tensor,
+    into: ExpertWeights,
+    supply: Supply | None = None,
 ) -> None:
     """Write each group's merged expert into `into` (M experts, same device and dtype as `weights`).
 
     Products are float32 and rounded once, when they are written. A group of one keeps its expert bit by bit.
     """
+    supply = supply or {}
     order = None
     if recipe.alignment is not None and recipe.merging is not None:
-        order = ALIGNMENT[recipe.alignment](weights, groups, **recipe.alignment_options)
+        how = {"options": recipe.alignment_options, "supply": supply}
+        order = ALIGNMENT.call(recipe.alignment, weights, groups, **how)
     targets = into.tensors()
     for group in range(groups.num_groups):
         members = groups.members(group)
-        alone = recipe.merging is None or members.numel() == 1
-        for name, tensor in weights.tensors().items():
-            if alone:
-                targets[name][group] = tensor[members[0]]
-                continue
-            aligned = tensor[members.to(tensor.device)].float()
-            if order is not None:
-                aligned = permute(name, aligned, order[members])
-            matrices = aligned if aligned.dim() == 3 else aligned[:, :, None]  # a bias is a matrix of one column
-            merged = MERGING[recipe.merging](matrices, importance[members], **recipe.merging_options)
-            targets[name][group] = merged.reshape(targets[name][group].shape)
+        if recipe.merging is None or members.numel() == 1:
+            merged = {name: tensor[members[0]] for name, tensor in weights.tensors().items()}
+        else:
+            of_group = {"members": lambda members=members: members, "order": lambda: order}
+            merged = merge_group(weights, members, order, recipe, importance, {**supply, **of_group})
+        for name, tensor in merged.items():
+            targets[name][group] = tensor.reshape(targets[name][group].shape)
+
+
+def merge_group(
+    weights: ExpertWeights, members: Tensor, order: Tensor | None, recipe: Recipe, importance: Tensor, supply: Supply
+) -> dict[str, Tensor]:
+    """The merged expert of one group, float32, by the names of `ExpertWeights`."""
+    aligned = {}
+    for name, tensor in weights.tensors().items():
+        aligned[name] = tensor[members.to(tensor.device)].float()
+        if order is not None:
+            aligned[name] = permute(name, aligned[name], order[members])
+    how = {"options": recipe.merging_options, "supply": supply}
+    if MERGING.trait(recipe.merging, "takes", "matrices") == "experts":
+        return MERGING.call(recipe.merging, ExpertWeights(**aligned), importance[members], **how).tensors()
+    # A bias is a matrix of one column.
+    matrices = {name: t if t.dim() == 3 else t[:, :, None] for name, t in aligned.items()}
+    return {name: MERGING.call(recipe.merging, t, importance[members], **how) for name, t in matrices.items()}

@@ -36,7 +36,7 @@ STEPS: dict[str, Registry] = {
 }
 OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "matching", "decomposition")
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
-NOT_STATISTICS = {"input_gram"}  # made of the tokens that a layer keeps, when it is its turn
+NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
 
 
 def is_number(value: Any, kind: Any) -> bool:
@@ -69,9 +69,10 @@ class Recipe:
             keeps all experts.
         refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
         matching: How each layer alone is trained to give what the original one gave, after the refit; None does not.
-        sequential: Fit each layer on what the compressed layers before it give, not on what the original ones gave.
-            One forward for each layer.
-        fit_tokens: Calibration tokens that selection and refit see, about.
+        sequential: Statistics and tokens of each layer come from the compressed layers before it, not from the
+            original ones. One forward for each layer.
+        fit_tokens: Calibration tokens that selection, refit and other steps that run experts again see, about.
+        every_expert_tokens: Calibration tokens that all experts are run on, about, where a statistic asks for that.
         exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
             `fnmatch` on the name of the experts module (str).
         decomposition: How every matrix of the merged experts becomes W = L R + S of low rank and few rows; None
@@ -113,6 +114,7 @@ class Recipe:
     matching_options: dict[str, Any] = field(default_factory=dict)
     sequential: bool = False
     fit_tokens: int = 65_536
+    every_expert_tokens: int = 4096
     exclude_layers: tuple[int | str, ...] = ()
     decomposition: str | None = None
     decomposition_options: dict[str, Any] = field(default_factory=dict)
@@ -150,8 +152,10 @@ class Recipe:
         self._check_neuron_budget()
 
     def _check_neuron_budget(self) -> None:
-        if not (is_number(self.fit_tokens, int) and self.fit_tokens >= 1):
-            raise ValueError(f"fit_tokens is {self.fit_tokens!r}, it must be a whole number >= 1.")
+        for name in ("fit_tokens", "every_expert_tokens"):
+            value = getattr(self, name)
+            if not (is_number(value, int) and value >= 1):
+                raise ValueError(f"{name} is {value!r}, it must be a whole number >= 1.")
         if self.selection is None:
             if self.keep_experts is not None:
                 raise ValueError(
@@ -256,8 +260,10 @@ class Recipe:
     @property
     def needs_inputs(self) -> bool:
         """Whether layers are run again on what they were given in calibration."""
-        reads_grams = self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)
-        return self.is_fitted or bool(reads_grams)
+        if self.is_fitted or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)):
+            return True
+        used = [(registry, getattr(self, step)) for step, registry in STEPS.items()]
+        return any("tokens" in registry.asks_for(name) for registry, name in used if name is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, without defaults; `Recipe(**d)` and `recipe_from_dict(d)` give the recipe back."""

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
@@ -17,17 +17,24 @@ def closest(name: str, choices: Any) -> str:
 class Registry:
     """Names of the interchangeable functions of one pipeline step, e.g. all merging operators.
 
-    A function's keyword-only parameters are the options a recipe may set. `needs` names the fields of
-    `LayerStatistics` that it reads, so that calibration collects these and no others.
+    A function's keyword-only parameters with a default are the options a recipe may set. Those without one are what
+    it asks the pipeline for beside its fixed arguments, by name: "statistics", "tokens", ... `needs` names the
+    statistics that it reads, so that calibration collects these and no others.
     """
 
     def __init__(self, kind: str):
         self.kind = kind
         self._entries: dict[str, Callable] = {}
         self._needs: dict[str, frozenset[str]] = {}
+        self._traits: dict[str, dict[str, Any]] = {}
 
-    def register(self, name: str, *, needs: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    def register(self, name: str, *, needs: tuple[str, ...] = (), **traits: Any) -> Callable[[Callable], Callable]:
         """Decorator that adds a function under `name` and returns it unchanged.
+
+        Args:
+            name: Unique in this registry.
+            needs: Statistics that it reads.
+            traits: What else the pipeline must know of it; the folder's `__init__` says which there are.
 
         Raises:
             ValueError: `name` is taken.
@@ -38,6 +45,7 @@ class Registry:
                 raise ValueError(f"{self.kind} {name!r} is already registered. Choose another name.")
             self._entries[name] = function
             self._needs[name] = frozenset(needs)
+            self._traits[name] = traits
             return function
 
         return add
@@ -59,6 +67,29 @@ class Registry:
         """Statistics that the function `name` reads."""
         self[name]
         return self._needs[name]
+
+    def trait(self, name: str, trait: str, default: Any = None) -> Any:
+        """A trait of the function `name`; `default` where its decorator did not say."""
+        self[name]
+        return self._traits[name].get(trait, default)
+
+    def asks_for(self, name: str) -> frozenset[str]:
+        """What the function `name` asks the pipeline for beside its fixed arguments."""
+        parameters = inspect.signature(self[name]).parameters.values()
+        return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+
+    def call(
+        self, name: str, *arguments: Any, options: Mapping[str, Any], supply: Mapping[str, Callable[[], Any]]
+    ) -> Any:
+        """Call the function `name` with what it asks for.
+
+        Args:
+            name: In this registry.
+            arguments: The fixed ones of the step.
+            options: Of the recipe.
+            supply: How to get what a function may ask for, by name; only what it asks for is made.
+        """
+        return self[name](*arguments, **{asked: supply[asked]() for asked in self.asks_for(name)}, **options)
 
     def options(self, name: str) -> dict[str, Any]:
         """Options of the function `name` with their defaults."""

@@ -1,5 +1,6 @@
 """The values that flow between the steps. N slots, M stored experts, k top-k, D hidden size, I width, T tokens."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -142,12 +143,26 @@ class MoeLayer:
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """Sums over the calibration tokens of one layer; a field is None unless a step asked for it."""
+    """Sums (or maxima) over the calibration tokens of one layer, as the steps of a recipe asked for them."""
 
     num_tokens: int
     selection_count: Tensor  # (N,) int64: tokens that the router sent to each slot with a non-zero weight
-    gate_sum: Tensor | None = None  # (N,) float64: sum of the weights given to each slot
-    logit_gram: Tensor | None = None  # (N, N) float64: sum over tokens of the outer product of the router logits
+    sums: Mapping[str, Tensor] = field(default_factory=dict)  # float64, by the name of the statistic
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The statistic `name` of the registry `STATISTICS`.
+
+        Raises:
+            KeyError: It was not collected, because no step said that it needs it.
+        """
+        if name == "selection_count":
+            return self.selection_count
+        if name not in self.sums:
+            raise KeyError(
+                f"The statistic {name!r} was not collected, there are {sorted(self.sums)}. "
+                "Name it in `needs` where the step is registered."
+            )
+        return self.sums[name]
 
     @property
     def usage_frequency(self) -> Tensor:

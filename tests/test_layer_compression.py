@@ -246,7 +246,7 @@ def layer_of(num_experts, num_router_groups=1):
 
 def statistics_of(count, seed=0, shift=0.0):
     logits = torch.randn(40, len(count), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
-    return LayerStatistics(num_tokens=40, selection_count=torch.tensor(count), logit_gram=logits.T @ logits)
+    return LayerStatistics(num_tokens=40, selection_count=torch.tensor(count), sums={"logit_gram": logits.T @ logits})
 
 
 @pytest.mark.parametrize("num_groups", [1, 3, 4, 9])
@@ -257,7 +257,7 @@ def test_relabelling_experts_commutes_with_compression(weights, num_groups):
     new_statistics = LayerStatistics(
         num_tokens=40,
         selection_count=statistics.selection_count[relabelled],
-        logit_gram=statistics.logit_gram[relabelled][:, relabelled],
+        sums={"logit_gram": statistics["logit_gram"][relabelled][:, relabelled]},
     )
     new_weights = mapped(lambda tensor: tensor[relabelled], weights)
     layer = layer_of(NUM_EXPERTS)

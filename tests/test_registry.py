@@ -1,15 +1,21 @@
 """Names find functions, near misses are pointed out, and a new file needs no other edit."""
 
+import importlib
+import json
 import sys
 
 import pytest
+import torch
+from test_presets_contract import recipes_of_operators
+from typer.testing import CliRunner
 
 from hf_mcsmoe import merging
+from hf_mcsmoe.cli import app
 from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.recipe import NOT_STATISTICS, STEPS, Recipe
 from hf_mcsmoe.registry import Registry, closest, import_submodules
 from hf_mcsmoe.saliency import SALIENCY
-from hf_mcsmoe.types import LayerStatistics
+from hf_mcsmoe.statistics import STATISTICS
 
 OPERATOR = """
 from . import MERGING
@@ -99,10 +105,10 @@ def test_closest_is_silent_without_a_near_miss():
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_step_needs_statistics_that_exist(step):
-    fields = set(LayerStatistics.__dataclass_fields__) | {"weights"} | NOT_STATISTICS
+    known = set(STATISTICS) | NOT_STATISTICS
     assert list(STEPS[step]), f"no {step} is registered"
     for name in STEPS[step]:
-        assert STEPS[step].needs(name) <= fields
+        assert STEPS[step].needs(name) <= known
 
 
 def test_an_operator_registered_from_outside_is_a_choice_of_recipes(monkeypatch):
@@ -120,7 +126,7 @@ def test_an_operator_registered_from_outside_is_a_choice_of_recipes(monkeypatch)
 
 def test_what_a_new_step_needs_is_collected_for_the_recipes_that_use_it(monkeypatch):
     undo_registrations(monkeypatch, SALIENCY)
-    SALIENCY.register("gates", needs=("gate_sum",))(lambda statistics, _: statistics.gate_sum)
+    SALIENCY.register("gates", needs=("gate_sum",))(lambda statistics, _: statistics["gate_sum"])
     assert "gate_sum" not in Recipe().statistics_needed()
     assert "gate_sum" in Recipe(saliency="gates").statistics_needed()
     assert "gate_sum" in Recipe(importance="gates").statistics_needed()
@@ -136,6 +142,33 @@ def test_a_new_file_in_the_folder_is_enough(tmp_path, monkeypatch):
     finally:
         sys.modules.pop("hf_mcsmoe.merging.made_up", None)
         vars(merging).pop("made_up", None)
+
+
+def test_an_operator_from_outside_is_in_the_list_the_contract_and_recipes(tmp_path, monkeypatch, compress, prompt):
+    undo_registrations(monkeypatch, MERGING)
+    (tmp_path / "from_outside.py").write_text(
+        "from hf_mcsmoe.merging import MERGING\n\n\n"
+        '@MERGING.register("from_outside")\n'
+        "def merge(members, importance, *, power=1.0):\n"
+        '    """Mean by a power of importance."""\n'
+        "    if importance.sum() == 0:\n"
+        "        return members[0]\n"
+        "    shares = importance**power / (importance**power).sum()\n"
+        "    return (members * shares.float()[:, None, None]).sum(0)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        importlib.import_module("from_outside")
+    finally:
+        sys.modules.pop("from_outside", None)
+    listed = json.loads(CliRunner().invoke(app, ["methods", "--parts", "outside", "--json"]).output)
+    assert [(row["step"], row["name"]) for row in listed] == [("merging", "from_outside")]
+    assert listed[0]["options"] == {"power": 1.0}
+    assert listed[0]["what"] == "Mean by a power of importance."
+    assert recipes_of_operators()["m-smoe with from_outside"] == {"preset": "m-smoe", "merging": "from_outside"}
+    result = compress("qwen3_moe", merging="from_outside", merging_options={"power": 1.0})
+    expected = compress("qwen3_moe")  # by importance itself
+    torch.testing.assert_close(result(input_ids=prompt).logits, expected(input_ids=prompt).logits)
 
 
 def test_an_error_in_a_new_file_is_not_swallowed(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from hf_mcsmoe.allocation.global_usage import allocate_by_global_usage
 from hf_mcsmoe.allocation.uniform import allocate_uniformly
 from hf_mcsmoe.saliency import SALIENCY
 from hf_mcsmoe.saliency.usage_frequency import usage_frequency
+from hf_mcsmoe.statistics import STATISTICS
 from hf_mcsmoe.types import ExpertWeights, LayerStatistics
 
 WEIGHTS = ExpertWeights(up=torch.zeros(4, 2, 3), down=torch.zeros(4, 3, 2))
@@ -56,8 +57,8 @@ def test_usage_frequency_counts_selections():
 
 @pytest.mark.parametrize("name", list(SALIENCY))
 def test_every_saliency_is_finite_where_no_expert_was_used(name):
-    fields = {"selection_count": torch.zeros(4, dtype=torch.int64), "gate_sum": torch.zeros(4, dtype=torch.float64)}
-    score = SALIENCY[name](LayerStatistics(num_tokens=5, **fields), WEIGHTS)
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in SALIENCY.needs(name) & set(STATISTICS)}
+    score = SALIENCY[name](LayerStatistics(5, torch.zeros(4, dtype=torch.int64), sums), WEIGHTS)
     assert score.shape == (4,) and score.dtype == torch.float64
     assert torch.isfinite(score).all()
 

@@ -12,12 +12,12 @@ from hf_mcsmoe.expert_values import PackedExperts
 from hf_mcsmoe.gated_features import RoutedTokens, sum_expert_grams
 from hf_mcsmoe.layer_fit import choose_neurons
 from hf_mcsmoe.selection import SELECTION
-from hf_mcsmoe.selection.gated_obs import removal_costs, saliency_by_gated_obs
+from hf_mcsmoe.selection.gated_obs import increasing, removal_costs, saliency_by_gated_obs
 from hf_mcsmoe.unreached_experts import with_unreached
 
 WIDTHS = (4, 0, 6, 5)
 RIDGE = 3e-3
-RULES = list(SELECTION)
+RULES = [name for name in SELECTION if SELECTION.asks_for(name) == {"grams"}]
 
 
 def grams_of(experts, batch):
@@ -76,7 +76,7 @@ def of_expert(experts, saliency, expert):
 
 def test_costs_are_those_of_the_slow_greedy_elimination(experts, tokens):
     grams = grams_of(experts, tokens)
-    saliency = saliency_by_gated_obs(experts, grams, ridge=RIDGE, block=1e-9)
+    saliency = saliency_by_gated_obs(experts, grams=grams, ridge=RIDGE, block=1e-9)
     for expert, gram in enumerate(grams):
         if not len(gram):
             continue
@@ -90,7 +90,7 @@ def test_costs_are_those_of_the_slow_greedy_elimination(experts, tokens):
 
 def test_the_cheapest_neuron_costs_what_refitting_the_others_cannot_make_up_for(experts, tokens):
     grams = grams_of(experts, tokens)
-    saliency = saliency_by_gated_obs(experts, grams, ridge=RIDGE)
+    saliency = saliency_by_gated_obs(experts, grams=grams, ridge=RIDGE)
     for expert in (0, 2, 3):
         gram = grams[expert]
         down = experts.down[experts.offsets[expert] : experts.offsets[expert + 1]].double()
@@ -122,14 +122,14 @@ def test_smaller_blocks_leave_no_worse_neurons():
     (gram,) = grams_of(experts, routed(60, 1, top_k=1))
     kept = {}
     for block in (1e-9, 1.0):
-        saliency = saliency_by_gated_obs(experts, [gram], block=block)
+        saliency = saliency_by_gated_obs(experts, grams=[gram], block=block)
         left = saliency.argsort(descending=True)[:8].tolist()
         kept[block] = ridge_minimum(gram, experts.down.double(), damping_of(gram), left)
     assert kept[1e-9] < kept[1.0]
 
 
 def test_energy_is_what_a_neuron_adds_alone(experts, tokens):
-    saliency = SELECTION["gated_energy"](experts, grams_of(experts, tokens))
+    saliency = SELECTION["gated_energy"](experts, grams=grams_of(experts, tokens))
     phi = slow_features(experts, tokens)
     for neuron in range(experts.num_neurons):
         added = phi[:, neuron, None] * experts.down[neuron].double()
@@ -144,7 +144,7 @@ def test_a_dead_neuron_costs_nothing(name, tokens):
     experts = packed_experts(widths=WIDTHS)
     experts.up[6] = 0  # of expert 2: it answers 0 to everything
     experts.down[11] = 0  # of expert 3: nothing comes of its answer
-    saliency = SELECTION[name](experts, grams_of(experts, tokens))
+    saliency = SELECTION[name](experts, grams=grams_of(experts, tokens))
     assert saliency[11] == 0
     alive = torch.tensor([n for n in range(experts.num_neurons) if n not in (6, 11)])
     assert saliency[6] < 0.05 * saliency[alive].median()
@@ -154,22 +154,23 @@ def test_one_of_two_equal_neurons_costs_nothing_but_both_do(tokens):
     experts = packed_experts(widths=WIDTHS, seed=2)
     for tensor in (experts.up, experts.gate):
         tensor[9] = tensor[5]  # of expert 2
-    saliency = saliency_by_gated_obs(experts, grams_of(experts, tokens), ridge=1e-6, block=1e-9)
+    saliency = saliency_by_gated_obs(experts, grams=grams_of(experts, tokens), ridge=1e-6, block=1e-9)
     pair, others = saliency[[5, 9]], saliency[[4, 6, 7, 8]]
     assert pair.min() < 1e-3 * others.min()
     assert pair.max() > 1e-2 * others.max()
-    energy = SELECTION["gated_energy"](experts, grams_of(experts, tokens))
+    energy = SELECTION["gated_energy"](experts, grams=grams_of(experts, tokens))
     assert energy[[5, 9]].min() > 1e-2 * energy[[4, 6, 7, 8]].max()  # the energy does not see it
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_scaling_a_neuron_and_its_column_back_changes_little(name, tokens):
     experts = packed_experts(widths=WIDTHS, seed=1)
-    before = SELECTION[name](experts, grams_of(experts, tokens), **({"ridge": 1e-9} if name == "gated_obs" else {}))
+    options = {"ridge": 1e-9} if name == "gated_obs" else {}
+    before = SELECTION[name](experts, grams=grams_of(experts, tokens), **options)
     scale = torch.full((experts.num_neurons, 1), 1.0)
     scale[[1, 7, 12], 0] = torch.tensor([3.0, 0.2, 5.0])
     scaled = dataclasses.replace(experts, up=experts.up * scale, down=experts.down / scale)
-    after = SELECTION[name](scaled, grams_of(scaled, tokens), **({"ridge": 1e-9} if name == "gated_obs" else {}))
+    after = SELECTION[name](scaled, grams=grams_of(scaled, tokens), **options)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=0)
 
 
@@ -183,8 +184,8 @@ def test_relabelling_experts_commutes(name, tokens):
     fields = {field: tensor[index] for field, tensor in experts.tensors().items()}
     relabelled = PackedExperts(offsets=torch.tensor(widths).cumsum(0), **fields)
     moved = RoutedTokens(tokens.hidden_states, tokens.gates[:, order], tokens.targets)
-    saliency = SELECTION[name](experts, grams_of(experts, tokens))
-    torch.testing.assert_close(SELECTION[name](relabelled, grams_of(relabelled, moved)), saliency[index])
+    saliency = SELECTION[name](experts, grams=grams_of(experts, tokens))
+    torch.testing.assert_close(SELECTION[name](relabelled, grams=grams_of(relabelled, moved)), saliency[index])
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -193,15 +194,15 @@ def test_permuting_neurons_commutes(name, tokens):
     generator, offsets = torch.Generator().manual_seed(4), experts.offsets.tolist()
     index = torch.cat([offsets[e] + torch.randperm(WIDTHS[e], generator=generator) for e in range(len(WIDTHS))])
     permuted = dataclasses.replace(experts, **{n: t[index] for n, t in experts.tensors().items()})
-    saliency = SELECTION[name](experts, grams_of(experts, tokens))
-    torch.testing.assert_close(SELECTION[name](permuted, grams_of(permuted, tokens)), saliency[index])
+    saliency = SELECTION[name](experts, grams=grams_of(experts, tokens))
+    torch.testing.assert_close(SELECTION[name](permuted, grams=grams_of(permuted, tokens)), saliency[index])
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_saliency_grows_with_the_gates(name, tokens):
     experts = packed_experts(widths=WIDTHS)
     doubled = RoutedTokens(tokens.hidden_states, tokens.gates * torch.tensor([1.0, 1.0, 2.0, 1.0]), tokens.targets)
-    before, after = (SELECTION[name](experts, grams_of(experts, batch)) for batch in (tokens, doubled))
+    before, after = (SELECTION[name](experts, grams=grams_of(experts, batch)) for batch in (tokens, doubled))
     torch.testing.assert_close(of_expert(experts, after, 2), 4 * of_expert(experts, before, 2))
     torch.testing.assert_close(of_expert(experts, after, 0), of_expert(experts, before, 0))
 
@@ -211,7 +212,7 @@ def test_saliency_grows_with_the_gates(name, tokens):
 def test_few_tokens_give_finite_saliency(name, num_tokens):
     experts = packed_experts(widths=WIDTHS)
     batch = routed(num_tokens, len(WIDTHS))
-    saliency = SELECTION[name](experts, sum_expert_grams(experts, activation, [batch]))
+    saliency = SELECTION[name](experts, grams=sum_expert_grams(experts, activation, [batch]))
     assert saliency.shape == (experts.num_neurons,) and saliency.dtype == torch.float64
     assert saliency.isfinite().all() and (saliency >= 0).all()
 
@@ -224,7 +225,7 @@ def test_a_ridge_below_the_precision_of_the_gram_is_raised():
     noise = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noisy = gram + 1e-6 * gram.diagonal().mean() * (noise + noise.T)  # not positive any more
     assert torch.linalg.eigvalsh(noisy)[0] < 0
-    saliency = saliency_by_gated_obs(experts, [noisy], ridge=1e-12)
+    saliency = saliency_by_gated_obs(experts, grams=[noisy], ridge=1e-12)
     assert saliency.isfinite().all() and (saliency > 0).all()
 
 
@@ -272,7 +273,7 @@ def test_neurons_of_an_unreached_expert_rank_by_what_they_would_do(name):
     experts, batches, _ = unreached_case()
     experts.up[5], experts.up_bias[5] = 0.0, 0.0  # does nothing, whatever reaches it
     grams = with_unreached(sum_expert_grams(experts, activation, batches), experts, activation, batches)
-    saliency = SELECTION[name](experts, grams)
+    saliency = SELECTION[name](experts, grams=grams)
     alive = torch.tensor([4, 6, 7, 8, 9])
     assert (saliency[alive] > 0).all() and saliency[5] < saliency[alive].min()
     assert saliency[alive].sum() < saliency[:4].sum()
@@ -300,3 +301,10 @@ def test_the_most_salient_neurons_stay_and_ties_go_to_the_lower_one():
     assert choose_neurons(saliency, [0, 4, 9], 2, True).tolist() == [0, 2, 4, 7]
     assert choose_neurons(torch.ones(6), [0, 3, 6], 2, True).tolist() == [0, 1, 3, 4]
     assert choose_neurons(torch.ones(6), [0, 3, 6], 4, False).tolist() == [0, 1, 2, 3]
+
+
+def test_a_neuron_that_goes_later_is_more_salient_whatever_its_place():
+    costs = torch.tensor([0.1, 0.2532085769405283, 0.2, 0.15, 0.3, 0.3, 0.25], dtype=torch.float64)
+    found = increasing(costs)
+    assert (found.diff() > 0).all()
+    torch.testing.assert_close(found, costs.cummax(0).values, rtol=1e-15, atol=0)

@@ -286,8 +286,8 @@ def test_statistics_match_a_count_token_by_token(name):
             gram += scores.T @ scores
         assert statistics[layer.name].num_tokens == sum(lengths)
         assert statistics[layer.name].selection_count.tolist() == count.tolist()
-        assert_close(statistics[layer.name].gate_sum.float(), gates)
-        assert_close(statistics[layer.name].logit_gram.float(), gram, rtol=1e-4, atol=1e-4)
+        assert_close(statistics[layer.name]["gate_sum"].float(), gates)
+        assert_close(statistics[layer.name]["logit_gram"].float(), gram, rtol=1e-4, atol=1e-4)
     assert num_beyond > 0 or name != "switch_transformers"
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from hf_mcsmoe.statistics import FIELDS, StatisticsAccumulator, sum_dtype
+from hf_mcsmoe.accumulator import StatisticsAccumulator
+from hf_mcsmoe.observed import ObservedTokens, sum_dtype
+from hf_mcsmoe.statistics import STATISTICS
 
 NUM_SLOTS, TOP_K, NUM_TOKENS = 6, 2, 37
-ALL = frozenset(FIELDS)
+ALL = frozenset(name for name in STATISTICS if STATISTICS.trait(name, "of") == "slots")
 
 
 @pytest.fixture
@@ -24,7 +26,8 @@ def tokens():
 
 def feed(accumulator, tokens, batches):
     for rows in batches:
-        accumulator.update(**{name: value[rows] for name, value in tokens.items()})
+        taken = {name: value[rows] for name, value in tokens.items()}
+        accumulator.update(ObservedTokens(accumulator.num_slots, torch.zeros(len(rows), 3), **taken))
     return accumulator
 
 
@@ -39,8 +42,8 @@ def ragged_batches():
 def assert_same(left, right):
     assert left.num_tokens == right.num_tokens
     assert torch.equal(left.selection_count, right.selection_count)
-    torch.testing.assert_close(left.gate_sum, right.gate_sum)
-    torch.testing.assert_close(left.logit_gram, right.logit_gram, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left["gate_sum"], right["gate_sum"])
+    torch.testing.assert_close(left["logit_gram"], right["logit_gram"], rtol=1e-5, atol=1e-5)
 
 
 def test_streamed_statistics_match_a_token_by_token_count(tokens):
@@ -58,12 +61,12 @@ def test_streamed_statistics_match_a_token_by_token_count(tokens):
     assert statistics.num_tokens == num_tokens
     assert statistics.selection_count.tolist() == count
     assert count[4] == 0, "the unused slot is part of the test"
-    torch.testing.assert_close(statistics.gate_sum, torch.tensor(gate_sum, dtype=torch.float64))
+    torch.testing.assert_close(statistics["gate_sum"], torch.tensor(gate_sum, dtype=torch.float64))
 
 
 def test_the_gram_is_that_of_the_logits_of_real_tokens(tokens):
     real = tokens["logits"][tokens["token_mask"]].double()
-    gram = streamed(tokens, ragged_batches()).logit_gram
+    gram = streamed(tokens, ragged_batches())["logit_gram"]
     assert gram.dtype == torch.float64
     torch.testing.assert_close(gram, real.T @ real, rtol=1e-5, atol=1e-5)
 
@@ -113,9 +116,9 @@ def test_an_accumulator_that_saw_nothing_changes_no_sum_and_takes_all_of_another
 def test_only_what_is_asked_for_is_collected(tokens):
     needs = frozenset({"gate_sum"})
     statistics = streamed({**tokens, "logits": tokens["logits"][:, :0]}, ragged_batches(), needs)
-    assert statistics.logit_gram is None
-    assert statistics.selection_count is not None and statistics.gate_sum is not None
-    assert streamed(tokens, ragged_batches(), frozenset()).gate_sum is None
+    assert set(statistics.sums) == {"gate_sum"} and statistics["selection_count"] is statistics.selection_count
+    with pytest.raises(KeyError, match=r"'gate_sum' was not collected.*Name it in `needs`"):
+        streamed(tokens, ragged_batches(), frozenset())["gate_sum"]
 
 
 def test_sums_of_bfloat16_weights_do_not_lose_small_terms():
@@ -124,8 +127,9 @@ def test_sums_of_bfloat16_weights_do_not_lose_small_terms():
     index, mask = torch.zeros(513, 1, dtype=torch.int64), torch.ones(513, dtype=torch.bool)
     accumulator = StatisticsAccumulator(1, frozenset({"gate_sum"}))
     for row in range(513):
-        accumulator.update(index[row : row + 1], weights[row : row + 1], mask[row : row + 1], None)
-    assert accumulator.finish("layer").gate_sum.item() == 2.0
+        rows = slice(row, row + 1)
+        accumulator.update(ObservedTokens(1, torch.zeros(1, 3), index[rows], weights[rows], mask[rows]))
+    assert accumulator.finish("layer")["gate_sum"].item() == 2.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -153,7 +157,7 @@ def test_a_layer_that_no_token_reached_is_named_with_the_remedy(tokens, batches)
 
 
 def test_an_unknown_statistic_is_refused():
-    with pytest.raises(ValueError, match=r"Unknown statistics \['logit_sum'\]; known are \('selection_count'"):
+    with pytest.raises(ValueError, match=r"Unknown statistic 'logit_sum'; choose one of .*'gate_sum', .*Did you mean"):
         StatisticsAccumulator(NUM_SLOTS, frozenset({"gate_sum", "logit_sum"}))
 
 

@@ -42,7 +42,7 @@ def export_command(
     Experts that are decomposed or of different widths become dense and equally wide. All layers must have the same
     number of experts; where that is less than the router has rows, the router is cut, which changes the gates.
 
-    Example: hf-mcsmoe export out --layout native --output out-native --measure
+    Example: hf-mcsmoe export qwen3-half --layout native --output qwen3-native --data held_out.jsonl
     """
     if layout not in LAYOUTS:
         raise ValueError(f"--layout is {layout!r}; a result can be exported to 'native'. Leave it out for that.")

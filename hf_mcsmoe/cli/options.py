@@ -1,22 +1,39 @@
 """Options that several commands share, and the recipe that they describe."""
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..recipe import PRESETS, Recipe
+from ..allocation import ALLOCATION
+from ..recipe import LAYOUTS, PRESETS, Recipe
 from ..recipe_reading import recipe_from_dict, recipe_from_preset, recipe_from_yaml
+
+if TYPE_CHECKING:
+    from ..fitting import Fit as Fitted
 
 DEFAULT_PRESET = "m-smoe"
 
+
+def completing(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """What the shell offers for an option: the choices that begin with what was typed."""
+    listed = sorted(choices)
+    return lambda incomplete: [choice for choice in listed if choice.startswith(incomplete)]
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or Hub id of a model.")]
 Config = Annotated[
-    str | None, typer.Option("--config", help=f"Recipe: a YAML file, or a preset ({', '.join(sorted(PRESETS))}).")
+    str | None, typer.Option("--config", help="Recipe: a YAML file, or a preset (`hf-mcsmoe methods` lists them).")
 ]
 Preset = Annotated[
-    str | None, typer.Option("--preset", help=f"Published method to start from (default: {DEFAULT_PRESET}).")
+    str | None,
+    typer.Option(
+        "--preset",
+        help=f"Method to start from (default: {DEFAULT_PRESET}); `hf-mcsmoe methods` lists them.",
+        autocompletion=completing(PRESETS),
+    ),
 ]
 Keep = Annotated[float | None, typer.Option("--keep", help="Share of the experts that stays, in (0, 1]; default 0.5.")]
 NumExperts = Annotated[
@@ -24,10 +41,19 @@ NumExperts = Annotated[
 ]
 Layout = Annotated[
     str | None,
-    typer.Option("--layout", help="mapped (router kept, index map) or native (fewer router rows, plain model)."),
+    typer.Option(
+        "--layout",
+        help="mapped (router kept, index map) or native (fewer router rows, plain model).",
+        autocompletion=completing(LAYOUTS),
+    ),
 ]
 Allocation = Annotated[
-    str | None, typer.Option("--allocation", help="How experts are shared out among layers: global_usage, uniform.")
+    str | None,
+    typer.Option(
+        "--allocation",
+        help=f"How experts are shared out among layers: {', '.join(ALLOCATION)}.",
+        autocompletion=completing(ALLOCATION),
+    ),
 ]
 ExcludeLayer = Annotated[
     list[str] | None,
@@ -37,6 +63,12 @@ Rank = Annotated[int | None, typer.Option("--rank", help="Decompose experts into
 KeepRows = Annotated[
     float | None, typer.Option("--keep-rows", help="Share of the rows of the sparse part beside the factors.")
 ]
+Fit = Annotated[
+    str | None,
+    typer.Option("--fit", help="Instead of --keep: memory that the result must fit, such as 24GB, with its cache."),
+]
+ContextLength = Annotated[int, typer.Option("--context-length", help="With --fit: tokens of a row.")]
+Rows = Annotated[int, typer.Option("--rows", help="With --fit: rows at a time.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -45,7 +77,11 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or 
 Output = Annotated[Path, typer.Option("--output", help="Folder for the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
 Calibration = Annotated[
-    str | None, typer.Option("--calibration", help=".txt, .jsonl, .parquet or .npy; without it the text that ships.")
+    str | None,
+    typer.Option(
+        "--calibration",
+        help=".txt, .jsonl, .parquet or .npy, or a folder that `calibrate` wrote; without it the text that ships.",
+    ),
 ]
 Data = Annotated[
     list[str] | None,
@@ -104,3 +140,31 @@ def build_recipe(
 def as_layer(entry: str) -> int | str:
     """A position for a whole number, else the pattern itself."""
     return int(entry) if re.fullmatch(r"-?\d+", entry) else entry
+
+
+def fitted(
+    recipe: Recipe,
+    model: str,
+    fit: str | None,
+    context_length: int,
+    rows: int,
+    keep: float | None,
+    num_experts: int | None,
+    trust_remote_code: bool,
+) -> "tuple[Recipe, Fitted | None]":
+    """The recipe that fits the memory of --fit, and how it was found; the recipe as it is without --fit.
+
+    Raises:
+        ValueError: --fit beside --keep or --num-experts, or nothing fits.
+    """
+    if fit is None:
+        return recipe, None
+    if keep is not None or num_experts is not None:
+        raise ValueError("--fit finds what to keep, but --keep or --num-experts is given too. Give one of them.")
+    from ..fitting import fit_recipe
+    from ..loading import empty_model, read_config
+
+    loading = {"trust_remote_code": trust_remote_code}
+    described = empty_model(read_config(model, **loading), **loading)
+    found = fit_recipe(described, recipe, fit, context_length=context_length, batch_size=rows)
+    return found.recipe, found

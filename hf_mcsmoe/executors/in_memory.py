@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..accumulator import StatisticsAccumulator
 from ..calibration import Calibration, CalibrationBatch
 from ..families import forward_call, reading_part, tied_layers
 from ..layer_inputs import LayerInputs, TensorOfBlock, ignore_passive, tokens_of_batch
 from ..modeling.offload import execution_device
-from ..statistics import StatisticsAccumulator
+from ..observed import ObservedTokens
 from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_mask, decoder_modules, with_decoder_inputs
 
@@ -35,6 +36,7 @@ class LayerObserver:
         self.token_mask: Tensor | None = None
         self.is_held_out = False  # the present batch
         self.sampled_tokens: Tensor | None = None  # positions in the flattened batch to keep; None: none of them
+        self.everywhere_tokens: Tensor | None = None  # positions of tokens that every expert is run on
         self._logits: Tensor | None = None
 
     @contextmanager
@@ -42,7 +44,7 @@ class LayerObserver:
         """Within the context the layer reports to this observer."""
         experts, router, family = self.layer.experts, self.layer.router, self.layer.family
         handles = [router.register_forward_pre_hook(self._on_router, with_kwargs=True)]
-        if "logit_gram" in self.accumulator.needs:
+        if self.accumulator.reads_logits:
             handles.append(family.logits_module(self.layer).register_forward_hook(self._on_logits))
         if family.observes_router:  # after the hook on the logits, which may be of the same module
             handles.append(router.register_forward_hook(self._on_router_output))
@@ -96,11 +98,14 @@ class LayerObserver:
         )
 
     def _sampled(self, tokens: int) -> Tensor:
-        """Positions of the held-out tokens to keep."""
+        """Positions of the tokens to keep."""
+        return self._among(self.sampled_tokens, tokens)
+
+    def _among(self, drawn: Tensor, tokens: int) -> Tensor:
+        """The drawn positions in the batch, or as many in what the layer was given where that has other tokens."""
         if tokens == self.token_mask.numel():
-            return self.sampled_tokens
-        counted = self._counted(tokens).nonzero().flatten()
-        return counted[: self.sampled_tokens.numel()]
+            return drawn
+        return self._counted(tokens).nonzero().flatten()[: drawn.numel()]
 
     def _on_experts(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         self._record(*self.layer.family.routed_inputs(args, kwargs))
@@ -112,7 +117,12 @@ class LayerObserver:
         tokens = index.shape[0]
         counted = self._counted(tokens)
         if not self.is_held_out:
-            self.accumulator.update(index, weights, counted, self._logits)
+            everywhere = self.everywhere_tokens
+            sampled = self._among(everywhere, tokens).to(index.device) if everywhere is not None else None
+            seen = ObservedTokens(
+                self.layer.num_slots, hidden_states.detach(), index, weights.detach(), counted, self._logits, sampled
+            )
+            self.accumulator.update(seen, self.layer)
         if self.sampled_tokens is not None:
             rows = self._sampled(tokens).to(index.device)
             index, weights = ignore_passive(index, weights, self.layer.num_slots)
@@ -158,6 +168,7 @@ def collect(
     forward: Callable[[int, dict[str, Any]], Any] | None = None,
     held_out_tokens: int = HELD_OUT_TOKENS,
     calibration_tokens: int = 0,
+    every_expert_tokens: int = 0,
 ) -> dict[str, Collected]:
     """Run the model once over the calibration data.
 
@@ -167,17 +178,18 @@ def collect(
         model: In any device map; its mode is restored.
         layers: The layers to watch.
         calibration: Batches; held-out ones only give the samples.
-        needs: Fields of `LayerStatistics` to collect.
+        needs: Names in `STATISTICS`.
         seed: Which tokens are sampled.
         progress: Show a progress bar.
         forward: Runs what is to be watched, given the position of a batch and the model's arguments; None runs
             the model.
         held_out_tokens: About how many held-out tokens to keep the inputs of.
         calibration_tokens: About how many of the others.
+        every_expert_tokens: About how many tokens all experts are run on, for the statistics that ask for that.
 
     Returns:
-        By the name of the layer. Memory: O(N^2) a layer, and D + k numbers for each token that is kept, twice D
-        where the router is called with hidden states.
+        By the name of the layer. Memory: that of the statistics, and D + k numbers for each token that is kept, twice
+        D where the router is called with hidden states.
 
     Raises:
         ValueError: No layer saw a token, or the sums of one are NaN or Inf.
@@ -186,10 +198,12 @@ def collect(
     observers = [LayerObserver(layer, needs, layer.experts in in_decoder) for layer in layers]
     generator = torch.Generator().manual_seed(seed)
     num_held_out = sum(batch.held_out for batch in calibration.batches)
+    num_others = len(calibration.batches) - num_held_out
     limit_of = {
         True: tokens_of_batch(held_out_tokens, num_held_out),
-        False: tokens_of_batch(calibration_tokens, len(calibration.batches) - num_held_out),
+        False: tokens_of_batch(calibration_tokens, num_others),
     }
+    everywhere = tokens_of_batch(every_expert_tokens, num_others)
     was_training = model.training
     model.eval()
     try:
@@ -199,7 +213,7 @@ def collect(
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
             for position, batch in enumerate(bar):
                 batch = with_decoder_inputs(batch, model)
-                announce(observers, batch, limit_of[batch.held_out], generator, input_device(model))
+                announce(observers, batch, limit_of[batch.held_out], everywhere, generator, input_device(model))
                 inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
                 called, inputs = forward_call(model, inputs)
                 inputs |= cheap_forward(called)
@@ -234,23 +248,32 @@ def announce(
     observers: list[LayerObserver],
     batch: CalibrationBatch,
     limit: int,
+    everywhere: int,
     generator: torch.Generator,
     device: torch.device,
 ) -> None:
-    """Tell the observers which tokens of the coming batch count, and which to keep: `limit` of them, drawn."""
+    """Tell the observers which tokens of the coming batch count, which `limit` to keep, and which go `everywhere`."""
     for in_decoder in (False, True):
         watching = [observer for observer in observers if observer.in_decoder == in_decoder]
         if not watching:
             continue
         mask = (decoder_mask(batch) if in_decoder else batch.token_mask).flatten()
-        sampled = None
-        if limit > 0:
-            real = mask.nonzero().flatten()
-            sampled = real[torch.randperm(real.numel(), generator=generator)[:limit]].sort().values.to(device)
+        sampled = draw(mask, limit, generator, device)
+        runs_all = not batch.held_out and any(one.accumulator.names_of["every_expert"] for one in watching)
+        to_all = draw(mask, everywhere, generator, device) if runs_all else None
         for observer in watching:
             observer.token_mask = mask.to(device)
             observer.is_held_out = batch.held_out
             observer.sampled_tokens = sampled
+            observer.everywhere_tokens = to_all
+
+
+def draw(mask: Tensor, limit: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    """At most `limit` positions of real tokens, (t,) int64 ascending; None for a limit of 0."""
+    if limit == 0:
+        return None
+    real = mask.nonzero().flatten()
+    return real[torch.randperm(real.numel(), generator=generator)[:limit]].sort().values.to(device)
 
 
 def cheap_forward(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""(experts, Gram of each expert's gated neurons) -> saliency (P,) of every neuron. One file per rule."""
+"""experts (P neurons) -> saliency (P,) of every neuron. One file per rule.
+
+A rule may ask for "grams" (the Gram of each expert's gated neurons on the kept tokens), "statistics" of the N original
+experts, and "experts_kept" (M,) int64, which of these the experts are.
+"""
 
 from ..registry import Registry, import_submodules
 

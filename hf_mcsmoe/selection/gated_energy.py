@@ -8,7 +8,7 @@ from . import SELECTION
 
 
 @SELECTION.register("gated_energy")
-def saliency_by_gated_energy(experts: PackedExperts, grams: list[Tensor]) -> Tensor:
+def saliency_by_gated_energy(experts: PackedExperts, *, grams: list[Tensor]) -> Tensor:
     """Sum over the calibration tokens of |phi_t[a] down[a]|^2, phi = gate weight times activation.
 
     The l2 part of the score of CAMERA-P (micro-expert pruning, 2025): what is lost when a neuron is removed and

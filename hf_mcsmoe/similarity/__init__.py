@@ -1,4 +1,7 @@
-"""(statistics, weights) -> (N, N) float64: how alike two experts are. One file per measure."""
+"""(statistics, weights) -> (N, N) float64: how alike two experts are. One file per measure.
+
+A measure may ask for "tokens" (`LayerTokens` of the N original experts).
+"""
 
 from ..registry import Registry, import_submodules
 

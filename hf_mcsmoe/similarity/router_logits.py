@@ -28,7 +28,7 @@ def router_logit_similarity(
     Returns:
         Symmetric, diagonal 1. An expert whose logits are all zero is similar to no other: its row is 0.
     """
-    gram = statistics.logit_gram
+    gram = statistics["logit_gram"]
     if center:
         gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
     norm = gram.diagonal().clamp_min(0).sqrt()

@@ -1,19 +1,6 @@
-"""Presets: methods as recipes, published ones and ours. Data, one entry a method."""
+"""Our own methods, and `auto`, which chooses among them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A method: its recipe, and where it comes from."""
-
-    paper: str
-    url: str
-    notes: str
-    recipe: Mapping[str, Any]
-
+from .preset import Preset
 
 OURS = (
     "Ours, without a paper; it builds on Second order derivatives for network pruning: Optimal Brain Surgeon "
@@ -36,36 +23,13 @@ OBS = (
 )
 MATCHED = "After that a few hundred steps of Adam on the experts of each layer alone, and the regression again."
 
-PRESETS: dict[str, Preset] = {
+PRESETS = {
     "auto": Preset(
         paper=OURS,
         url=SURGEON,
         notes="Tries several recipes on copies of the model and takes the one of least KL on held-out calibration "
         "tokens. The steps here are not what it does; the report says which recipe it took.",
         recipe={},
-    ),
-    "m-smoe": Preset(
-        paper="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (Li et al., 2024)",
-        url="https://arxiv.org/abs/2310.01334",
-        notes="Aligns members to their group's dominant expert, not to expert 0: one assignment each, never worse.",
-        recipe={},
-    ),
-    "mc-smoe": Preset(
-        paper="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (Li et al., 2024)",
-        url="https://arxiv.org/abs/2310.01334",
-        notes=(
-            "m-smoe, then every matrix of the merged experts as factors of rank 32 plus a tenth of the rows of what "
-            "they miss. The paper prunes the rows while it trains a model that was recovered before; here they are "
-            "pruned at once by their norm, which is a start for such a training and loses much without one. "
-            "decomposition='whitened_low_rank_sparse' loses less: it minimises the error of the outputs."
-        ),
-        recipe={"decomposition": "low_rank_sparse", "decomposition_options": {"rank": 32, "keep_rows": 0.1}},
-    ),
-    "frequency": Preset(
-        paper="Usage-frequency pruning, the baseline of Li et al., 2024",
-        url="https://arxiv.org/abs/2310.01334",
-        notes="Keeps the most used experts as they are and drops the others.",
-        recipe={"similarity": None, "grouping": "drop", "alignment": None, "merging": None},
     ),
     "joint-obs": Preset(
         paper=OURS,
