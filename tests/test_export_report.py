@@ -8,7 +8,7 @@ from checkpoints import tensors
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from hf_mcsmoe import export_checkpoint
+from hf_mcsmoe import export_checkpoint, export_plan
 from hf_mcsmoe.evaluation import evaluate_model, load_evaluation_data
 from hf_mcsmoe.loading import load_model
 from hf_mcsmoe.publishing import read_report, write_report
@@ -78,6 +78,16 @@ def test_what_belongs_to_the_checkpoint_comes_along(write_compressed, export, tm
     expected = {"README.md", "compression_report.json", "config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} == {*expected, "recipe.yaml", *others}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_checkpoint_on_the_hub_is_fetched(write_compressed, export, monkeypatch):
+    mapped = write_compressed("qwen3_moe", **UNIFORM)
+    fetched = []
+    read = export_plan.read_config
+    monkeypatch.setattr(export_plan, "read_config", lambda source: read(mapped if source == "me/model" else source))
+    monkeypatch.setattr(export_plan, "snapshot_download", lambda source: fetched.append(source) or str(mapped))
+    folder, _ = export("me/model")
+    assert fetched == ["me/model"] and load_model(folder).config.num_experts == 4
 
 
 def change_json(path, change):
