@@ -24,7 +24,7 @@ from .modeling.forms.ragged import RaggedExperts
 from .modeling.mapped_to_native import RouterCut, native_config, native_model, native_tensors
 from .modeling.native_width import native_fields
 from .outcome import count
-from .publishing import write_card, write_report
+from .publishing import write_card, write_pages, write_report
 from .publishing.card import local_licence
 from .recipe import ALIGNED_NEURONS
 from .routing.treatments import TREATMENTS
@@ -87,6 +87,7 @@ def export_checkpoint(
         del native
         scores = compare(plan.folder, complete, data, batch_size, progress) if data is not None else None
         report = write_report(exported_report(plan.report, changes, layers, scores), complete)
+        write_pages(complete)
         write_card(complete, repo_name=output.absolute().name, **licence_of(plan.folder))
     return report
 

@@ -14,10 +14,11 @@ from .modeling.merged_model import SHIM_NAME
 from .outcome import package_version
 from .publishing import CARD_FILE, RECIPE_FILE, REPORT_FILE
 
-# Written anew, or pictures and pages of the mapped result.
+# Written anew; so are the page and the plots. The statistics, which are of the original model, are copied.
 NOT_COPIED = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, f"{SHIM_NAME}.py"}
 NOT_COPIED |= {CARD_FILE, RECIPE_FILE, REPORT_FILE}
-NOT_COPIED_ENDINGS = (".safetensors", ".html", ".png")
+NOT_COPIED_ENDINGS = (".html", ".png")
+WEIGHTS = ".safetensors"
 # What was measured of a layer under the gates of the mapped layout.
 MEASURED_MAPPED = ("relative_error", "duplicate_share", "refit_error_before", "refit_error_after")
 
@@ -133,7 +134,7 @@ def warnings(report: Mapping[str, Any], changes: Changes, scores: Evaluation | N
 
 
 def copy_other_files(files: Mapping[str, Path], complete: Path) -> list[str]:
-    """Copy tokenizer, processor, chat template and the like of a checkpoint; returns their names.
+    """Copy tokenizer, processor, chat template, statistics and the like of a checkpoint; returns their names.
 
     Args:
         files: Of the mapped checkpoint, by name, see `checkpoint_files`.
@@ -141,7 +142,8 @@ def copy_other_files(files: Mapping[str, Path], complete: Path) -> list[str]:
     """
     copied = []
     for name, path in files.items():
-        if name in NOT_COPIED or name.endswith(NOT_COPIED_ENDINGS) or (complete / name).exists():
+        is_weights = name.endswith(WEIGHTS) and "/" not in name
+        if is_weights or name in NOT_COPIED or name.endswith(NOT_COPIED_ENDINGS) or (complete / name).exists():
             continue
         (complete / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, complete / name)

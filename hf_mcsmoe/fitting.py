@@ -150,7 +150,7 @@ def cache_bytes(model: PreTrainedModel, context_length: int, batch_size: int) ->
     ids = torch.zeros(batch_size, context_length, dtype=torch.int64, device="meta")
     try:
         kept = skeleton(input_ids=ids, use_cache=True).past_key_values
-    except Exception as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
             f"The cache of {type(model).__name__} cannot be measured without running it ({type(error).__name__}: "
             f"{str(error)[:120]}). Choose `keep` with `plan`."

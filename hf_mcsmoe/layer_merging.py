@@ -30,6 +30,7 @@ class MergedLayer:
     groups: ExpertGroups
     routing: Routing
     parameters: dict[str, Tensor]  # M experts as the family stacks them
+    similarity: Tensor | None = None  # (N, N), of the original experts; None: the recipe does not look at it
 
 
 def merge_layer(
@@ -52,13 +53,13 @@ def merge_layer(
         old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         weights = layer.family.view(layer, old)
         supply = {"statistics": lambda: statistics, "tokens": original, "weights": lambda: weights}
-        groups = group_experts(layer, recipe, statistics, weights, num_experts, supply)
+        groups, similarity = group_experts(layer, recipe, statistics, weights, num_experts, supply)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
         for name, rows in layer.passive_expert_rows.items():
             new[name] = torch.cat([new[name], rows.detach()])
-    return MergedLayer(groups, ROUTING[recipe.layout](groups), new)
+    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, similarity)
 
 
 def group_experts(
@@ -68,8 +69,8 @@ def group_experts(
     weights: ExpertWeights,
     num_experts: int,
     supply: Supply | None = None,
-) -> ExpertGroups:
-    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping."""
+) -> tuple[ExpertGroups, Tensor | None]:
+    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping; and that similarity."""
     supply = supply or {}
     saliency = SALIENCY[recipe.saliency](statistics, weights, **recipe.saliency_options)
     similarity = None
@@ -79,7 +80,7 @@ def group_experts(
     # A group-limited router that loses rows must lose the same number in each of its groups.
     partitions = layer.num_router_groups if recipe.layout == "native" else 1
     how = {"options": recipe.grouping_options, "supply": supply}
-    return GROUPING.call(recipe.grouping, saliency, similarity, num_experts, partitions, **how)
+    return GROUPING.call(recipe.grouping, saliency, similarity, num_experts, partitions, **how), similarity
 
 
 @torch.no_grad()

@@ -70,13 +70,20 @@ def test_what_belongs_to_the_checkpoint_comes_along(write_compressed, export, tm
     others = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "recovery_report.json": '{"a": 1}'}
     for name, text in others.items():
         (mapped / name).write_text(text)
-    for name in ("usage.png", "compression_report.html", "training_args.bin", ".hidden"):
+    (mapped / "plots").mkdir(exist_ok=True)
+    for name in ("usage.png", "plots/stale.png", "compression_report.html", "training_args.bin", ".hidden"):
         (mapped / name).write_text("stale")
     folder, _ = export(mapped)
     assert {name: (folder / name).read_text() for name in others} == others
     assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.25
     expected = {"README.md", "compression_report.json", "config.json", "generation_config.json", "model.safetensors"}
-    assert {path.name for path in folder.iterdir()} == {*expected, "recipe.yaml", *others}
+    expected |= {"recipe.yaml", "compression_report.html", "statistics"}
+    assert {path.name for path in folder.iterdir()} - {"plots"} == {*expected, *others}
+    assert (
+        "stale" not in (folder / "compression_report.html").read_text() and not (folder / "plots/stale.png").exists()
+    )
+    file = "statistics/compression_statistics.safetensors"
+    assert (folder / file).read_bytes() == (mapped / file).read_bytes()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

@@ -42,7 +42,7 @@ def compress_command(
     ] = "in_memory",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Compress the experts of a model, and write checkpoint, tokenizer, report, recipe and model card.
+    """Compress the experts of a model, and write checkpoint, tokenizer, report with plots, recipe and card.
 
     Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl --device-map auto
     """
@@ -72,6 +72,7 @@ def compress_command(
     )
     show(result.compression_report)
     show_loading(output, recipe.layout)
+    typer.echo(f"Report with plots: {output / 'compression_report.html'}")
 
 
 def show_plan(planned: "ModelPlan") -> None:
