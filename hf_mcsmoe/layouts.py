@@ -125,7 +125,7 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     for layer, budget in zip(kept, budgets, strict=True):
         _check_budget(layer, budget, recipe)
     if recipe.layout == "native":
-        check_native(kept, budgets, recipe)
+        check_native(kept, budgets, drops_experts=recipe.grouping == "drop")
         if model is not None:
             native_target(model, recipe, kept, excluded)
     # The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give.

@@ -21,7 +21,10 @@ from hf_mcsmoe.planning import plan
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 
-VERBS = ("demo", "families", "inspect", "plan", "compress", "evaluate", "cache-teacher", "recover", "report", "push")
+VERBS = (
+    *("demo", "families", "inspect", "plan", "compress", "evaluate", "cache-teacher", "recover"),
+    *("export", "report", "push"),
+)
 
 
 def run(*arguments):

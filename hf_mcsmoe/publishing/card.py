@@ -66,7 +66,8 @@ def model_card(
     licence = {"license": base_license} if isinstance(base_license, str) else dict(base_license or {})
     auto_class, pipeline_tag = _task(report["base_architecture"])
     parent = {"base_model": base_id, "base_model_relation": base_model_relation} if base_id else {}
-    metadata = _metadata(recipe, pipeline_tag=pipeline_tag, **parent, **licence)
+    is_native = recipe.layout == "native" or bool(report.get("export"))
+    metadata = _metadata(recipe, is_native, pipeline_tag=pipeline_tag, **parent, **licence)
     model_id = repo_name or "path/to/this/model"
     name = repo_name or f"{base_id or Path(report['base_model'] or 'model').name} compressed"
     return ModelCard.from_template(
@@ -75,7 +76,7 @@ def model_card(
         title=name.split("/")[-1],
         licence=card_text.licence(licence, base),
         recipe=recipe_yaml(report).strip(),
-        is_native=recipe.layout == "native",
+        is_native=is_native,
         architecture=report["base_architecture"],
         auto_class=auto_class,
         model_id=model_id,
@@ -143,10 +144,10 @@ def _task(architecture: str) -> tuple[str, str | None]:
     return "AutoModel", None
 
 
-def _metadata(recipe: Recipe, **others: Any) -> ModelCardData:
+def _metadata(recipe: Recipe, is_native: bool, **others: Any) -> ModelCardData:
     kind = "expert-pruning" if recipe.merging is None else "expert-merging"
     return ModelCardData(
-        library_name="transformers" if recipe.layout == "native" else "hf_mcsmoe",
+        library_name="transformers" if is_native else "hf_mcsmoe",
         tags=["moe", "mixture-of-experts", "model-compression", kind, *([recipe.preset] if recipe.preset else [])],
         **others,
     )

@@ -37,7 +37,7 @@ def sections(report: Mapping[str, Any], recipe: Recipe, scores: Mapping[str, Any
         "sizes": _sizes(report),
         "layers": [_layer_row(run) for run in _runs(report["layers"])],
         **score_sections(scores),
-        "method": [*_method(recipe), *_choice(report.get("tried"))],
+        "method": [*_method(recipe), *_choice(report.get("tried")), *_export(report.get("export"))],
         "calibration": _calibration(report["calibration"]),
         "recovery": _recovery(report.get("recovery")),
         "limitations": [*_layer_limits(report), *score_limits(scores), *map(plain, report["warnings"])],
@@ -237,6 +237,11 @@ def _choice(trials: Sequence[Mapping[str, Any]] | None) -> list[str]:
     if number == 0:
         return []
     return [f"Chosen by `auto` from {_times(number, 'recipe')}, by their KL on calibration tokens that were held out."]
+
+
+def _export(export: Mapping[str, Any] | None) -> list[str]:
+    """What an export changed; nothing for a result as it was made."""
+    return [f"Exported to layout `{export['layout']}` afterwards: {' '.join(export['changes'])}"] if export else []
 
 
 def _citation(recipe: Recipe) -> str:
