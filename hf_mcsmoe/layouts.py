@@ -8,6 +8,7 @@ from torch import nn
 
 from .allocation import ALLOCATION
 from .families import reason_against, tied_layers
+from .families.residual import check_residual
 from .modeling.forms import check_forms
 from .modeling.native_config import check_native
 from .modeling.native_width import NativeFields, native_fields
@@ -121,6 +122,8 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     kept, excluded = resolve_layers(layers, recipe)
     for layer in kept:
         _check_family(layer, recipe)
+        if model is not None and recipe.statistics_with("residual"):
+            check_residual(model, layer)
     budgets = budget_of_layer(kept, recipe)
     for layer, budget in zip(kept, budgets, strict=True):
         _check_budget(layer, budget, recipe)

@@ -19,6 +19,7 @@ from .registry import Registry, closest
 from .saliency import SALIENCY
 from .selection import SELECTION
 from .similarity import SIMILARITY
+from .statistics import STATISTICS
 
 LAYOUTS = ("mapped", "native")
 STEPS: dict[str, Registry] = {
@@ -226,6 +227,10 @@ class Recipe:
         """Union of the fields of `LayerStatistics` that the steps read."""
         used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
         return frozenset().union(*(registry.needs(name) for registry, name in used)) - NOT_STATISTICS
+
+    def statistics_with(self, trait: str) -> list[str]:
+        """The statistics that the steps read and that have a trait."""
+        return sorted(name for name in self.statistics_needed() if STATISTICS.trait(name, trait, False))
 
     def experts_per_layer(self, num_experts: int) -> int:
         """Average number of experts that a layer of `num_experts` keeps.

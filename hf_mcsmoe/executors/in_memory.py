@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..accumulator import StatisticsAccumulator
 from ..calibration import Calibration, CalibrationBatch
 from ..families import forward_call, reading_part, tied_layers
+from ..families.residual import ResidualStream
 from ..layer_inputs import LayerInputs, TensorOfBlock, ignore_passive, tokens_of_batch
 from ..modeling.offload import execution_device
 from ..observed import ObservedTokens
@@ -37,6 +38,7 @@ class LayerObserver:
         self.is_held_out = False  # the present batch
         self.sampled_tokens: Tensor | None = None  # positions in the flattened batch to keep; None: none of them
         self.everywhere_tokens: Tensor | None = None  # positions of tokens that every expert is run on
+        self.residual: ResidualStream | None = None
         self._logits: Tensor | None = None
 
     @contextmanager
@@ -120,7 +122,14 @@ class LayerObserver:
             everywhere = self.everywhere_tokens
             sampled = self._among(everywhere, tokens).to(index.device) if everywhere is not None else None
             seen = ObservedTokens(
-                self.layer.num_slots, hidden_states.detach(), index, weights.detach(), counted, self._logits, sampled
+                self.layer.num_slots,
+                hidden_states.detach(),
+                index,
+                weights.detach(),
+                counted,
+                self._logits,
+                sampled,
+                self.residual.value if self.residual is not None else None,
             )
             self.accumulator.update(seen, self.layer)
         if self.sampled_tokens is not None:
@@ -209,6 +218,9 @@ def collect(
     try:
         with ExitStack() as stack:
             for observer in observers:
+                if observer.accumulator.reads_residual:
+                    observer.residual = ResidualStream(model, observer.layer)
+                    stack.enter_context(observer.residual.attached())
                 stack.enter_context(observer.attached())
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
             for position, batch in enumerate(bar):

@@ -18,4 +18,36 @@ PRESETS = {
         "applies them.",
         recipe={"layout": "native", **DROP, "saliency": "gated_output_norm"},
     ),
+    "ean": Preset(
+        paper="Expert activation norm, a baseline of REAP the Experts (Lasby et al., 2025)",
+        url="https://arxiv.org/abs/2510.13999",
+        notes="Keeps the experts whose outputs, without the gates, add up to the largest norms.",
+        recipe={"layout": "native", **DROP, "saliency": "total_output_norm"},
+    ),
+    "man": Preset(
+        paper="MAN, mean activation norm, of task-agnostic expert pruning (2026)",
+        url="https://arxiv.org/abs/2606.15716",
+        notes="Keeps the experts whose outputs are largest where they are used; neither gate nor frequency counts. "
+        "Only the abstract of the paper was read.",
+        recipe={"layout": "native", **DROP, "saliency": "output_norm"},
+    ),
+    "msan": Preset(
+        paper="MSAN, mean squared activation norm, of task-agnostic expert pruning (2026)",
+        url="https://arxiv.org/abs/2606.15716",
+        notes="Like man, with squared norms. Only the abstract of the paper was read.",
+        recipe={"layout": "native", **DROP, "saliency": "squared_output_norm"},
+    ),
+    "easy-ep": Preset(
+        paper="EASY-EP: domain-specific pruning of large MoE models with few-shot demonstrations (2025)",
+        url="https://arxiv.org/abs/2504.06792",
+        notes="Keeps the experts that give most to the tokens whose residual stream the layer turns. The calibration "
+        "data are the demonstrations of the domain; scaling each of several domains by itself is left out.",
+        recipe={"layout": "native", **DROP, "saliency": "residual_change"},
+    ),
+    "random": Preset(
+        paper="A control, without a paper",
+        url="https://arxiv.org/abs/2310.01334",
+        notes="Keeps experts at random: what any score must beat. saliency_options={'seed': 1} draws others.",
+        recipe={"layout": "native", **DROP, "saliency": "random"},
+    ),
 }
