@@ -26,6 +26,7 @@ from .loading import empty_model, load_model, load_tokenizer, read_config
 from .modeling.offload import fetched
 from .outcome import conclude, count
 from .planning import plan
+from .protected_experts import check_room, protected_experts, with_protected
 from .recipe import PRESETS, Recipe
 from .recipe_reading import recipe_from_preset, recipe_from_yaml
 from .saliency import SALIENCY
@@ -212,13 +213,15 @@ def compress_in_memory(
     collected = collect_first(model, layers, tied, data, recipe, progress)
     statistics = reached(collected)
     layers, warnings = leave_unreached(layers, statistics, recipe)
-    allotted = dict(zip(layers, allocate(layers, recipe, statistics), strict=True))
+    protected = protected_experts(recipe, {layer.name: statistics[layer.name] for layer in layers})
+    allotted = dict(zip(layers, allocate(layers, recipe, statistics, protected), strict=True))
+    check_room(recipe, {layer.name: number for layer, number in allotted.items()}, protected)
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     reports: dict[str, LayerReport] = {}
     layouts: dict[str, Any] = {}
     todo = visits(model, layers, tied, data, recipe, collected)
     for layer, of_layer in tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2):
-        report, layout = compress_layer(layer, recipe, of_layer, allotted[layer])
+        report, layout = compress_layer(layer, recipe, of_layer, allotted[layer], protected.get(layer.name))
         reports[layer.name], layouts[layer.name] = report, layout
         for other in [other for other, first in tied.items() if first is layer]:
             follow(other, layer, report, layout, recipe)
@@ -232,9 +235,14 @@ def compress_in_memory(
     return model.compression_report
 
 
-def allocate(layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics]) -> list[int]:
-    """Experts that each layer keeps, by the recipe's allocation rule."""
-    saliency_of_layer = [saliency_of(layer, recipe, statistics[layer.name]) for layer in layers]
+def allocate(
+    layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics], protected: dict[str, Tensor]
+) -> list[int]:
+    """Experts that each layer keeps, by the recipe's allocation rule; protected ones come first in all of them."""
+    saliency_of_layer = [
+        with_protected(saliency_of(layer, recipe, statistics[layer.name]), protected.get(layer.name))
+        for layer in layers
+    ]
     rule = ALLOCATION[recipe.allocation]
     return rule(saliency_of_layer, budget_of_layer(layers, recipe), **recipe.allocation_options)
 

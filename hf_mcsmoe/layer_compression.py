@@ -31,7 +31,7 @@ WORTH_COLLAPSING = 0.1
 
 
 def compress_layer(
-    layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int
+    layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int, protected: Tensor | None = None
 ) -> tuple[LayerReport, dict[str, Any]]:
     """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
 
@@ -43,6 +43,7 @@ def compress_layer(
         recipe: The steps.
         collected: What the calibration forward left of this layer; its held-out sample may be empty.
         num_experts: M.
+        protected: Experts that stay as they are, (N,) bool; None for none.
 
     Returns:
         What it did, and the layer's entry in the layout of a mapped checkpoint.
@@ -52,7 +53,7 @@ def compress_layer(
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_size = expert_size(layer, recipe) if recipe.decomposition is not None else size
     original = functools.cache(lambda: original_tokens(layer, collected))
-    merged = merge_layer(layer, recipe, collected.statistics, num_experts, original)
+    merged = merge_layer(layer, recipe, collected.statistics, num_experts, original, protected)
     share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
     layout = {
         "num_experts": num_experts,
@@ -90,6 +91,7 @@ def compress_layer(
         widths=widths,
         refit_error_before=fitted.error_before_refit if fitted is not None else None,
         refit_error_after=fitted.error_after_refit if fitted is not None else None,
+        protected_experts=protected.nonzero().flatten().tolist() if protected is not None else [],
     )
     return report, layout
 

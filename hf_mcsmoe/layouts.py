@@ -145,6 +145,11 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
         )
     if recipe.is_fitted or recipe.decomposition is not None:
         check_forms(layer)
+    if recipe.protect is not None and recipe.layout == "native" and layer.num_router_groups > 1:
+        raise ValueError(
+            f"protect is {recipe.protect!r}, but in layout 'native' each of the {layer.num_router_groups} groups of "
+            f"the router of {layer.name!r} must keep the same number of experts. Use layout='mapped' or protect=None."
+        )
     if recipe.is_fitted and getattr(layer.experts, "has_post_expert_norm", False):
         raise ValueError(
             f"selection and refit need experts whose output is linear in their last matrix; those of {layer.name!r} "

@@ -14,6 +14,7 @@ from .low_rank import check_budget
 from .matching import MATCHING
 from .merging import MERGING
 from .presets import PRESETS
+from .protection import PROTECTION
 from .refit import REFIT
 from .registry import Registry, closest
 from .saliency import SALIENCY
@@ -23,6 +24,7 @@ from .statistics import STATISTICS
 
 LAYOUTS = ("mapped", "native")
 STEPS: dict[str, Registry] = {
+    "protect": PROTECTION,
     "saliency": SALIENCY,
     "allocation": ALLOCATION,
     "similarity": SIMILARITY,
@@ -35,7 +37,16 @@ STEPS: dict[str, Registry] = {
     "matching": MATCHING,
     "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "matching", "decomposition")
+OPTIONAL_STEPS = (
+    "protect",
+    "similarity",
+    "alignment",
+    "merging",
+    "selection",
+    "refit",
+    "matching",
+    "decomposition",
+)
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
 
@@ -56,6 +67,7 @@ class Recipe:
             share of their neurons, in all experts together.
         num_experts: The same as an average number per layer; exclusive with `keep`.
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
+        protect: Which experts are never dropped and never merged, whatever their saliency; None protects none.
         saliency: Score that decides which experts lead.
         allocation: How many experts each layer keeps; None takes "global_usage" for the mapped layout
             and "uniform" for the native one, where all layers must have the same number, and with `selection`.
@@ -92,6 +104,7 @@ class Recipe:
     keep: float | None = None
     num_experts: int | None = None
     layout: str = "mapped"
+    protect: str | None = None
     saliency: str = "usage_frequency"
     allocation: str | None = None
     similarity: str | None = "router_logits"
@@ -99,6 +112,7 @@ class Recipe:
     alignment: str | None = "weight_matching"
     merging: str | None = "weighted_average"
     importance: str = "usage_frequency"
+    protect_options: dict[str, Any] = field(default_factory=dict)
     saliency_options: dict[str, Any] = field(default_factory=dict)
     allocation_options: dict[str, Any] = field(default_factory=dict)
     similarity_options: dict[str, Any] = field(default_factory=dict)
@@ -194,6 +208,12 @@ class Recipe:
             raise ValueError(
                 f"allocation is {self.allocation!r}, but layout 'native' needs the same number of experts in all "
                 "layers. Use allocation='uniform' or layout='mapped'."
+            )
+        asked = GROUPING.asks_for(self.grouping)
+        if self.protect is not None and "tokens" in asked and "protected" not in asked:
+            raise ValueError(
+                f"protect is {self.protect!r}, but grouping {self.grouping!r} judges all experts of a layer together. "
+                "Use protect=None or another grouping."
             )
         if self.keep_experts is not None and self.allocation != "uniform":
             raise ValueError(

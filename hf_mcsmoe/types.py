@@ -241,6 +241,7 @@ class LayerReport:
     widths: list[int]  # neurons of each of the M experts
     refit_error_before: float | None = None  # relative_error without the refit, the refit's own view; None: no refit
     refit_error_after: float | None = None  # with it; it was dropped where this is not less
+    protected_experts: list[int] = field(default_factory=list)  # of the N: neither dropped nor merged
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -22,9 +23,11 @@ from ..families import find_layers
 from ..layouts import budget_of_layer, native_target, resolve_layers
 from ..loading import empty_model, read_config
 from ..outcome import conclude, count, package_version
+from ..protected_experts import check_room, protected_experts, with_protected
+from ..protection import PROTECTION
 from ..publishing.report import read_report
 from ..recipe import Recipe
-from ..types import CompressionReport, LayerReport
+from ..types import CompressionReport, LayerReport, LayerStatistics
 from .decoder_stack import DecoderStack
 from .journal import JOURNAL_FILE, Journal
 from .output_shards import is_disk_full, publish
@@ -99,7 +102,7 @@ def compress_by_streaming(
         return described_result(output)
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     all_stay = budget_of_layer(layers, recipe) == [layer.num_slots for layer in layers]
-    one_pass = all_stay or recipe.allocation in ONE_PASS_ALLOCATIONS
+    one_pass = all_stay or (recipe.allocation in ONE_PASS_ALLOCATIONS and recipe.protect is None)
     summary = StreamingSummary(1 if one_pass else 2, str(device), 0)
     try:
         with finished_layers_stay(working):
@@ -161,19 +164,37 @@ def stream(run: StreamingRun, one_pass: bool) -> None:
     run.read_before_stack()
     if one_pass:
         equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in layers]
-        saliency_of_layer, description = equal, "pass 1 of 1: statistics, merging"
+        saliency_of_layer, protected, description = equal, {}, "pass 1 of 1: statistics, merging"
     else:
         run.collect("pass 1 of 2: statistics")
-        saved = [run.load_statistics(index)[1] for index, found in run.layers_of.items() if found]
-        saliency_of_layer = [saliency for one in saved for saliency in one.values()]
+        saliency_of_layer, protected = judge(run)
         description = "pass 2 of 2: merging"
     rule = ALLOCATION[run.recipe.allocation]
     allotted = rule(saliency_of_layer, budget, **run.recipe.allocation_options)
-    names = [layer.name for layer in layers]
-    run.compress(
-        description, dict(zip(names, allotted, strict=True)), with_forward=one_pass or run.recipe.needs_inputs
-    )
+    num_experts = dict(zip([layer.name for layer in layers], allotted, strict=True))
+    check_room(run.recipe, num_experts, protected)
+    run.compress(description, num_experts, protected, with_forward=one_pass or run.recipe.needs_inputs)
     run.write_rest()
+
+
+def judge(run: StreamingRun) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """(saliency of each layer, protected experts by layer) from the statistics of all layers.
+
+    Memory: what protection reads of them; the rest is read one layer at a time.
+    """
+    saliency_of_layer: dict[str, Tensor] = {}
+    statistics: dict[str, LayerStatistics] = {}
+    names = PROTECTION.needs(run.recipe.protect) if run.recipe.protect is not None else ()
+    for index, found in run.layers_of.items():
+        if not found:
+            continue
+        collected, saliency = run.load_statistics(index)
+        saliency_of_layer |= saliency
+        for layer, one in collected.items():
+            sums = {name: one.statistics.sums[name] for name in names if name in one.statistics.sums}
+            statistics[layer] = LayerStatistics(one.statistics.num_tokens, one.statistics.selection_count, sums)
+    protected = protected_experts(run.recipe, statistics)
+    return [with_protected(one, protected.get(layer)) for layer, one in saliency_of_layer.items()], protected
 
 
 def working_folder(output: Path) -> Path:
