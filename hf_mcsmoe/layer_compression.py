@@ -13,17 +13,19 @@ from .executors.in_memory import Collected
 from .expert_decomposition import decompose_experts
 from .expert_values import PackedExperts
 from .gated_features import sum_input_grams
+from .layer_constants import constants_of_layer, without_constants
 from .layer_fit import FittedExperts, fit_experts, refit_down
 from .layer_inputs import LayerInputs, relative_error, routed_output
 from .layer_merging import MergedLayer, merge_layer
 from .layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_result
 from .matching import MATCHING
 from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
+from .modeling.constant_outputs import fill_constants
 from .modeling.experts import install_mapped, install_native, replace_experts
 from .modeling.install_forms import install_low_rank_sparse, install_ragged
 from .recipe import Recipe
 from .routing import ROUTING
-from .sizes import expert_size, neuron_size
+from .sizes import constant_sizes, expert_size, neuron_size
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
 
 # Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
@@ -61,13 +63,19 @@ def compress_layer(
         "has_dropped": bool((merged.groups.group_of_expert < 0).any()),
         "collapse_duplicates": worth_collapsing(recipe, share),
     }
-    tokens = tokens_of_layer(layer, collected, merged, original()) if reads_tokens(recipe) else None
+    constants = constants_of_layer(recipe, collected.statistics, merged.groups)
+    added = constant_sizes(layer, 0 if constants is None else len(constants))
+    if constants is not None:
+        layout["num_constants"] = len(constants)
+    tokens = tokens_of_layer(layer, collected, merged, original(), constants) if reads_tokens(recipe) else None
     fitted = None
     if recipe.is_fitted and not is_unchanged(layer, recipe, merged):
         fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
         if recipe.matching is not None:
             fitted = match_layer(layer, recipe, collected, tokens, fitted)
     install(layer, recipe, merged, tokens, fitted, layout)
+    if constants is not None:
+        fill_constants(layer.experts, constants)
     reroute = merged.routing.rows is not None or trains_router(layer, recipe)
     after = routed_output(layer, collected.held_out, reroute=reroute)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
@@ -78,9 +86,9 @@ def compress_layer(
         num_experts_before=layer.num_experts,
         num_experts_after=num_experts,
         parameters_before=size.parameters * layer.num_experts,
-        parameters_after=new_size.parameters * num_experts - per_neuron.parameters * gone,
+        parameters_after=new_size.parameters * num_experts - per_neuron.parameters * gone + added.expert_parameters,
         bytes_before=size.bytes * layer.num_experts,
-        bytes_after=new_size.bytes * num_experts - per_neuron.bytes * gone,
+        bytes_after=new_size.bytes * num_experts - per_neuron.bytes * gone + added.expert_bytes,
         relative_error=relative_error(before, after),
         duplicate_share=share,
         unused_experts=int((collected.statistics.selection_count == 0).sum()),
@@ -96,8 +104,12 @@ def compress_layer(
     return report, layout
 
 
-def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens) -> LayerTokens:
-    """The kept tokens under the gates that the result will apply, with what the original experts give for them.
+def tokens_of_layer(
+    layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens, constants: Tensor | None
+) -> LayerTokens:
+    """The kept tokens under the gates that the result will apply, with what its experts should give for them.
+
+    That is what the original experts give, less the constants that dropped slots add.
 
     In the native layout with fewer experts the merged ones are installed for that: the router must be cut.
     """
@@ -110,7 +122,10 @@ def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, 
         assignment = torch.zeros(layer.num_slots, num_experts)
         stays = (group_of_expert >= 0).nonzero().flatten()
         assignment[stays, group_of_expert[stays]] = 1.0
-    return tokens_of_result(layer, collected, original, assignment, reroute=reroute)
+    tokens = tokens_of_result(layer, collected, original, assignment, reroute=reroute)
+    if constants is None:
+        return tokens
+    return without_constants(original, tokens, (group_of_expert < 0).nonzero().flatten(), constants)
 
 
 def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:

@@ -150,6 +150,11 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
             f"protect is {recipe.protect!r}, but in layout 'native' each of the {layer.num_router_groups} groups of "
             f"the router of {layer.name!r} must keep the same number of experts. Use layout='mapped' or protect=None."
         )
+    if recipe.constants is not None and layer.family.map_hooks(layer) is not None:
+        raise ValueError(
+            f"constants is {recipe.constants!r}, but the experts of {layer.name!r} are not called with slots and "
+            "weights, so nothing can be added for a dropped slot. Use constants=None."
+        )
     if recipe.is_fitted and getattr(layer.experts, "has_post_expert_norm", False):
         raise ValueError(
             f"selection and refit need experts whose output is linear in their last matrix; those of {layer.name!r} "

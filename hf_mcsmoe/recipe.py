@@ -8,6 +8,7 @@ from typing import Any
 
 from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
+from .constants import CONSTANTS
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
 from .low_rank import check_budget
@@ -32,6 +33,7 @@ STEPS: dict[str, Registry] = {
     "alignment": ALIGNMENT,
     "merging": MERGING,
     "importance": SALIENCY,
+    "constants": CONSTANTS,
     "selection": SELECTION,
     "refit": REFIT,
     "matching": MATCHING,
@@ -42,6 +44,7 @@ OPTIONAL_STEPS = (
     "similarity",
     "alignment",
     "merging",
+    "constants",
     "selection",
     "refit",
     "matching",
@@ -76,6 +79,8 @@ class Recipe:
         alignment: Neuron order before merging; None leaves neurons as they are.
         merging: How the members of a group become one matrix; None keeps the dominant expert (pruning).
         importance: Score that weighs the members in the merge.
+        constants: The vector that the slot of a dropped expert adds, times its gate, in the mapped layout; None adds
+            nothing.
         selection: Saliency of single neurons, of which the least salient go; None keeps experts whole. In the
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
@@ -120,6 +125,8 @@ class Recipe:
     alignment_options: dict[str, Any] = field(default_factory=dict)
     merging_options: dict[str, Any] = field(default_factory=dict)
     importance_options: dict[str, Any] = field(default_factory=dict)
+    constants: str | None = None
+    constants_options: dict[str, Any] = field(default_factory=dict)
     selection: str | None = None
     selection_options: dict[str, Any] = field(default_factory=dict)
     keep_experts: float | None = None
@@ -233,6 +240,18 @@ class Recipe:
         if self.collapse_duplicates not in (True, False, "auto"):
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
+            )
+        if self.constants is not None and (
+            self.layout != "mapped" or not GROUPING.trait(self.grouping, "drops", False)
+        ):
+            raise ValueError(
+                f"constants is {self.constants!r}, but layout {self.layout!r} with grouping {self.grouping!r} has no "
+                "slots of dropped experts. Use layout='mapped' and grouping='drop', or constants=None."
+            )
+        if self.constants is not None and self.matching_options.get("router"):
+            raise ValueError(
+                f"constants is {self.constants!r} and matching trains the router, which changes the gates of dropped "
+                "slots too. Leave one of them out."
             )
         if self.decomposition is not None and self.layout == "native":
             raise ValueError("decomposition needs layout 'mapped', got 'native'. No plain model can hold factors.")

@@ -44,6 +44,13 @@ PRESETS = {
         "data are the demonstrations of the domain; scaling each of several domains by itself is left out.",
         recipe={"layout": "native", **DROP, "saliency": "residual_change"},
     ),
+    "mone": Preset(
+        paper="MoNE: Replacing Redundant Experts with Lightweight Novices (Zhang et al., 2026)",
+        url="https://arxiv.org/abs/2507.00390",
+        notes="Drops the experts of least output variance times use; their slots add their mean output, so the gates "
+        "stay those of the original model. constants='gate_weighted_mean' has the least squared error instead.",
+        recipe={**DROP, "saliency": "output_variance", "constants": "routed_mean"},
+    ),
     "random": Preset(
         paper="A control, without a paper",
         url="https://arxiv.org/abs/2310.01334",
