@@ -55,6 +55,7 @@ def merge_layer(
         old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         weights = layer.family.view(layer, old)
         supply = {"statistics": lambda: statistics, "tokens": original, "weights": lambda: weights}
+        supply["layout"] = lambda: recipe.layout
         groups = group_experts(layer, recipe, statistics, weights, num_experts, supply, protected)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)

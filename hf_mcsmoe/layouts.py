@@ -155,9 +155,15 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
             f"constants is {recipe.constants!r}, but the experts of {layer.name!r} are not called with slots and "
             "weights, so nothing can be added for a dropped slot. Use constants=None."
         )
-    if recipe.is_fitted and getattr(layer.experts, "has_post_expert_norm", False):
+    if recipe.needs_inputs and layer.family.no_forms_because(layer):
         raise ValueError(
-            f"selection and refit need experts whose output is linear in their last matrix; those of {layer.name!r} "
+            f"The recipe runs the experts of {layer.name!r} by their matrices alone, which is not possible: "
+            f"{layer.family.no_forms_because(layer)}. Leave the layer out with exclude_layers, or use another recipe."
+        )
+    if recipe.needs_inputs and getattr(layer.experts, "has_post_expert_norm", False):
+        raise ValueError(
+            "selection, refit and all that runs experts again need experts whose output is linear in their last "
+            f"matrix; those of {layer.name!r} "
             "are normalised. Use a recipe without them."
         )
 

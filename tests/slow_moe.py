@@ -21,6 +21,7 @@ class SlowToken:
     residual: torch.Tensor  # (D,), what their output is added to
     logits: torch.Tensor  # (N,)
     gates: dict[int, float]  # by expert
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # of experts that were asked for
 
 
 @dataclass
@@ -43,6 +44,12 @@ class SlowLayer:
     def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         """What an expert gives before its gate, (D,)."""
         return self.down[expert] @ self.activation(expert, hidden)
+
+    def output_for(self, expert: int, token: SlowToken) -> torch.Tensor:
+        """The same for a token, computed once."""
+        if expert not in token.outputs:
+            token.outputs[expert] = self.output(expert, token.hidden)
+        return token.outputs[expert]
 
     def routed_to(self, expert: int) -> list[tuple[float, SlowToken]]:
         """(gate, token) of the tokens that go to an expert."""

@@ -29,14 +29,14 @@ def score(layer, e, *, per_selection=False):
     routed = layer.routed_to(e)
     if not routed:
         return 0.0
-    outputs = torch.stack([layer.output(e, token.hidden) for _, token in routed])
+    outputs = torch.stack([layer.output_for(e, token) for _, token in routed])
     deviation = outputs.std(dim=0, correction=0).norm().item()
     return deviation * sum(g for g, _ in routed) / (len(routed) if per_selection else len(layer.tokens))
 
 
 def mean_output(layer, e, power):
     routed = layer.routed_to(e)
-    total = sum(g**power * layer.output(e, token.hidden) for g, token in routed)
+    total = sum(g**power * layer.output_for(e, token) for g, token in routed)
     return total / sum(g**power for g, _ in routed)
 
 
@@ -96,7 +96,7 @@ def test_a_dropped_slot_adds_its_gate_times_the_constant(studied, constants, pow
 
 
 def output_with_constants(layer: SlowLayer, token, means):
-    return sum(g * means.get(e, layer.output(e, token.hidden)) for e, g in token.gates.items())
+    return sum(g * means.get(e, layer.output_for(e, token)) for e, g in token.gates.items())
 
 
 def test_the_gate_weighted_mean_has_the_least_error():

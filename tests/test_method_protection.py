@@ -70,7 +70,7 @@ def test_the_largest_output_is_that_of_a_loop_over_tokens(planted, tokens, model
     found, _ = collect_statistics(model, find_layers(model), padded(rows), frozenset({"output_max"}))
     for layer, statistics in zip(slow_layers(model, rows), found.values(), strict=True):
         for e in range(layer.num_experts):
-            expected = max((layer.output(e, t.hidden).abs().max().item() for _, t in layer.routed_to(e)), default=0.0)
+            expected = max((layer.output_for(e, t).abs().max().item() for _, t in layer.routed_to(e)), default=0.0)
             assert statistics["output_max"][e].item() == pytest.approx(expected, rel=1e-4)
     masks = protected_experts(Recipe(protect="super_experts"), found)
     assert {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()} == {

@@ -22,27 +22,27 @@ def mean(values):
 
 
 def reap(layer, e):
-    return mean([g * layer.output(e, token.hidden).norm().item() for g, token in layer.routed_to(e)])
+    return mean([g * layer.output_for(e, token).norm().item() for g, token in layer.routed_to(e)])
 
 
 def ean(layer, e):
-    return sum(layer.output(e, token.hidden).norm().item() for _, token in layer.routed_to(e))
+    return sum(layer.output_for(e, token).norm().item() for _, token in layer.routed_to(e))
 
 
 def man(layer, e):
-    return mean([layer.output(e, token.hidden).norm().item() for _, token in layer.routed_to(e)])
+    return mean([layer.output_for(e, token).norm().item() for _, token in layer.routed_to(e)])
 
 
 def msan(layer, e):
-    return mean([layer.output(e, token.hidden).square().sum().item() for _, token in layer.routed_to(e)])
+    return mean([layer.output_for(e, token).square().sum().item() for _, token in layer.routed_to(e)])
 
 
 def easy_ep(layer, e):
     total = 0.0
     for g, token in layer.routed_to(e):
-        after = token.residual + sum(w * layer.output(i, token.hidden) for i, w in token.gates.items())
+        after = token.residual + sum(w * layer.output_for(i, token) for i, w in token.gates.items())
         cosine = (token.residual @ after / (token.residual.norm() * after.norm())).item()
-        total += g * layer.output(e, token.hidden).norm().item() * max(1 - cosine, 0)
+        total += g * layer.output_for(e, token).norm().item() * max(1 - cosine, 0)
     return total
 
 

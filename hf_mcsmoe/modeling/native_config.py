@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families import find_layers, tied_layers
 from ..families.names import NUM_EXPERTS_NAMES, read_attribute
+from ..grouping import GROUPING
 from ..recipe import Recipe
 from ..types import MoeLayer
 from .experts import rename_counts
@@ -61,10 +62,11 @@ def check_native(layers: Sequence[MoeLayer], budgets: Sequence[int], recipe: Rec
                 f"layout 'native' cannot cut the router of {layer.name!r}: none of its matrices has {slots} rows. "
                 "Use layout='mapped'."
             )
-        for _, name in layer.family.expert_tables(layer) if recipe.grouping == "drop" else ():
+        can_drop = GROUPING.trait(recipe.grouping, "drops", False)
+        for _, name in layer.family.expert_tables(layer) if can_drop else ():
             raise ValueError(
-                f"grouping 'drop' leaves no expert for some tokens that {layer.router_name!r} looks up in {name}, and "
-                "layout 'native' cannot skip them. Use layout='mapped', or merge."
+                f"grouping {recipe.grouping!r} leaves no expert for some tokens that {layer.router_name!r} looks up "
+                f"in {name}, and layout 'native' cannot skip them. Use layout='mapped', or merge."
             )
 
 

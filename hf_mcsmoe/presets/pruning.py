@@ -51,6 +51,14 @@ PRESETS = {
         "stay those of the original model. constants='gate_weighted_mean' has the least squared error instead.",
         recipe={**DROP, "saliency": "output_variance", "constants": "routed_mean"},
     ),
+    "naee": Preset(
+        paper="Not All Experts are Equal: Efficient Expert Pruning and Skipping for MoE LLMs (Lu et al., 2024)",
+        url="https://arxiv.org/abs/2402.14800",
+        notes="Tries all subsets of a layer's experts where there are at most 1000, else lets experts go one by one; "
+        "on 8192 calibration tokens. sequential=True is the paper's progressive variant. Skipping experts of a token "
+        "is no compression and left out.",
+        recipe={"layout": "native", **DROP, "grouping": "subset_search", "fit_tokens": 8192},
+    ),
     "random": Preset(
         paper="A control, without a paper",
         url="https://arxiv.org/abs/2310.01334",
