@@ -135,16 +135,20 @@ def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
 
 def reads_tokens(recipe: Recipe) -> bool:
     """Whether tokens are needed under the gates of the result."""
-    return recipe.is_fitted or (recipe.decomposition is not None and bool(DECOMPOSITION.needs(recipe.decomposition)))
+    return recipe.is_fitted_on_tokens or (
+        recipe.decomposition is not None and bool(DECOMPOSITION.needs(recipe.decomposition))
+    )
 
 
 def fit_layer(
-    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens, statistics: LayerStatistics
+    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, statistics: LayerStatistics
 ) -> FittedExperts:
-    """Select neurons and refit, as the recipe says."""
+    """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
     experts = as_float32(layer.family.view(layer, merged.parameters))
     budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
     supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
+    if tokens is None:
+        return fit_experts(experts, layer.family.activation(layer), recipe, budget, [], [], supply)
     return fit_experts(experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out, supply)
 
 

@@ -302,9 +302,15 @@ class Recipe:
         return not (self.selection is None and self.refit is None and self.matching is None)
 
     @property
+    def is_fitted_on_tokens(self) -> bool:
+        """Whether that needs kept calibration tokens; a selection may need statistics only."""
+        selects = self.selection is not None and "grams" in SELECTION.asks_for(self.selection)
+        return selects or self.refit is not None or self.matching is not None
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether layers are run again on what they were given in calibration."""
-        if self.is_fitted or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)):
+        if self.is_fitted_on_tokens or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)):
             return True
         used = [(registry, getattr(self, step)) for step, registry in STEPS.items()]
         return any("tokens" in registry.asks_for(name) for registry, name in used if name is not None)

@@ -3,6 +3,8 @@
 from .preset import Preset
 
 DROP = {"allocation": "uniform", "similarity": None, "grouping": "drop", "alignment": None, "merging": None}
+# Neurons go, whole experts stay.
+NARROW = {**DROP, "saliency": "usage_frequency"}
 
 PRESETS = {
     "frequency": Preset(
@@ -58,6 +60,15 @@ PRESETS = {
         "on 8192 calibration tokens. sequential=True is the paper's progressive variant. Skipping experts of a token "
         "is no compression and left out.",
         recipe={"layout": "native", **DROP, "grouping": "subset_search", "fit_tokens": 8192},
+    ),
+    "camera-p": Preset(
+        paper="CAMERA: Multi-Matrix Joint Compression for MoE Models via Micro-Expert Redundancy Analysis (Xu et al., "
+        "2025)",
+        url="https://arxiv.org/abs/2508.02322",
+        notes="Narrows all experts of a layer alike, by the energy and the peak of each neuron. The paper ranks the "
+        "neurons of a layer jointly and sets the others to zero: layout='mapped' gives these ragged widths, really "
+        "smaller. Shared experts stay whole.",
+        recipe={"layout": "native", **NARROW, "selection": "micro_expert_energy", "sequential": True},
     ),
     "random": Preset(
         paper="A control, without a paper",
