@@ -17,6 +17,7 @@ from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
 from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
+from .executors.gradients import check_gradients
 from .executors.in_memory import reached
 from .executors.kept_inputs import collect_first, visits
 from .families import find_layers, reading_part, tied_layers
@@ -181,7 +182,9 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     if recipe.preset == AUTO:
         check_auto(model, recipe)
     else:
-        check_layout(find_layers(model), recipe, model=model)
+        layers = find_layers(model)
+        check_layout(layers, recipe, model=model)
+        check_gradients(model, resolve_layers(layers, recipe)[0], recipe)
 
 
 def compress_loaded(

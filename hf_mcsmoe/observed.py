@@ -64,9 +64,14 @@ class ExpertTokens:
     output_gradients: Tensor | None = None  # (t, D): d loss / d outputs, the gate included; for `gradients` statistics
 
     @cached_property
+    def projections(self) -> tuple[Tensor, Tensor | None]:
+        """What the activation is given: (of `up` (t, I), of `gate` (t, I) or None)."""
+        return self._project("up"), self._project("gate") if self.weights.gate is not None else None
+
+    @cached_property
     def activations(self) -> Tensor:
         """What `down` is multiplied with, (t, I)."""
-        return self.activation(self._project("up"), self._project("gate") if self.weights.gate is not None else None)
+        return self.activation(*self.projections)
 
     @cached_property
     def outputs(self) -> Tensor:

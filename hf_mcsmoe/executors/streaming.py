@@ -88,6 +88,8 @@ def compress_by_streaming(
     check_streamable(config, trust_remote_code)
     if recipe.sequential:
         raise NotStreamableError("its recipe is sequential")
+    if recipe.statistics_with("gradients"):
+        raise NotStreamableError("its recipe needs gradients of the loss, through all layers at once")
     shards = Shards(path)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
