@@ -70,6 +70,13 @@ PRESETS = {
         "smaller. Shared experts stay whole.",
         recipe={"layout": "native", **NARROW, "selection": "micro_expert_energy", "sequential": True},
     ),
+    "premoe": Preset(
+        paper="PreMoe: Lightening MoEs on Constrained Memory by Expert Pruning and Retrieval (2025)",
+        url="https://arxiv.org/abs/2505.17639",
+        notes="Keeps the experts that a task's tokens ask the router for most; the calibration data are the task. "
+        "hf_mcsmoe.task_patterns stores patterns of tasks, hf_mcsmoe.partial_loading loads the experts of one alone.",
+        recipe={"layout": "native", **DROP, "saliency": "expected_selection"},
+    ),
     "random": Preset(
         paper="A control, without a paper",
         url="https://arxiv.org/abs/2310.01334",
