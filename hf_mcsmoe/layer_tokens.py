@@ -1,7 +1,7 @@
 """The kept calibration tokens of one layer as its experts see them: hidden states, gates and what they should give."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,8 @@ class LayerTokens:
     assignment: Tensor  # (slots, M) float32: 1 where a slot of the router goes to an expert
     calibration: list[RoutedTokens]  # gates (t, M); targets are what the original layer gives
     held_out: list[RoutedTokens]
-    # Router rows (M,) -> gates (t, N) of the calibration tokens if only these rows were there; original experts only.
-    gates_of_kept: Callable[[Tensor], list[Tensor]] | None = None
+    # (router rows (M,), places of calibration batches) -> gates (t, N) of these batches if only those rows were there.
+    gates_of_kept: Callable[[Tensor, Sequence[int]], list[Tensor]] | None = None  # of the original experts only
 
 
 def as_float32(weights: ExpertWeights) -> PackedExperts:

@@ -1,6 +1,7 @@
 """The gates that a router would give if only some of its rows were there, without changing it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,23 @@ from .types import MoeLayer
 
 
 @torch.no_grad()
-def native_gates(layer: MoeLayer, inputs: LayerInputs, kept: Tensor) -> list[Tensor]:
+def native_gates(
+    layer: MoeLayer, inputs: LayerInputs, kept: Tensor, places: Sequence[int] | None = None
+) -> list[Tensor]:
     """The weight of each expert for each kept token, (t, N) float32 a batch; 0 for experts that are not in `kept`.
 
     Args:
         layer: As it was found; it is not changed.
         inputs: With the calls of its router.
         kept: Router rows that stay, (M,) int64 ascending.
+        places: The batches to do; None for all.
     """
+    places = range(len(inputs.router_calls)) if places is None else places
     passive = torch.arange(layer.num_slots, layer.num_slots + layer.num_passive_rows)
     rows_of_size = {layer.num_slots: kept, layer.num_slots + layer.num_passive_rows: torch.cat([kept, passive])}
     with fetched(layer.router):
         router = cut_router(layer, rows_of_size)
-        found = [
-            gates_of_call(layer, router, inputs, place, rows_of_size) for place in range(len(inputs.router_calls))
-        ]
+        found = [gates_of_call(layer, router, inputs, place, rows_of_size) for place in places]
     gates = []
     for of_kept in found:
         wide = of_kept.new_zeros(len(of_kept), layer.num_slots)

@@ -158,6 +158,14 @@ def test_the_memory_is_that_of_the_inner_products(original, tokens, monkeypatch)
     assert numbers == 8**2 * sum(len(batch.hidden_states) for batch in kept[0].tokens.calibration)
 
 
+def test_batches_are_spread_evenly_within_the_bound():
+    assert subset_search.spread([10] * 6, 60) == [0, 1, 2, 3, 4, 5]
+    assert subset_search.spread([10] * 6, 59) == [0, 2, 4]
+    assert subset_search.spread([10] * 6, 25) == [0, 3]
+    assert subset_search.spread([10] * 6, 3) == [0]
+    assert subset_search.spread([], 3) == []
+
+
 def test_a_progressive_search_sees_the_compressed_prefix(original, tokens):
     model = original("mixtral")
     apart, progressive = (naee(model, tokens, num_experts=2, sequential=x) for x in (False, True))

@@ -21,7 +21,7 @@ MOST_OUTPUTS = 2**24  # numbers that all experts give at a time
 
 def check(options: dict[str, Any]) -> None:
     """Raise ValueError for an option of `search_subset` that is out of bounds."""
-    for name, least in (("max_subsets", 0), ("candidates", 1)):
+    for name, least in (("max_subsets", 0), ("candidates", 1), ("most_tokens", 1)):
         value = options[name]
         if value is None and name == "candidates":
             continue
@@ -45,6 +45,7 @@ def search_subset(
     protected: Tensor,
     max_subsets: int = 1000,
     candidates: int | None = None,
+    most_tokens: int = 8192,
 ) -> ExpertGroups:
     """Expert pruning by the error of the layer's output, |F(X) - F_K(X)|^2, over subsets K of M experts.
 
@@ -53,8 +54,8 @@ def search_subset(
     add nothing. All subsets are tried where there are at most `max_subsets`, as in the paper. Beyond that, which the
     paper leaves open, experts go one by one, each time the one whose loss costs least (ties: the higher one).
 
-    Memory: 4 T N^2 bytes for the inner products of what the N experts give for each of T kept tokens; the experts in
-    float32. Time: all experts on all kept tokens, and for each subset one run of the router and T N^2.
+    Memory: 4 T N^2 bytes for the inner products of what the N experts give for each of T tokens; the experts in
+    float32. Time: all experts on these tokens, and for each subset one run of the router and T N^2.
 
     Args:
         saliency: (N,). With `candidates` the least salient of them may go; else not used.
@@ -67,8 +68,9 @@ def search_subset(
         protected: Experts that must stay, (N,) bool.
         max_subsets: Most subsets to try all of.
         candidates: How many experts are tried in each step of the elimination; None for all that are left.
+        most_tokens: Calibration batches are left out while more tokens than these would be used, the first never.
     """
-    errors = SubsetErrors(tokens, weights, layout)
+    errors = SubsetErrors(tokens, weights, layout, most_tokens)
     sizes = partition_sizes(saliency.numel(), num_partitions)
     least = num_groups // num_partitions
     free = saliency.numel() - int(protected.sum())
@@ -134,22 +136,24 @@ class SubsetErrors:
     products of what all experts give for it.
     """
 
-    def __init__(self, tokens: "LayerTokens", weights: ExpertWeights, layout: str):
+    def __init__(self, tokens: "LayerTokens", weights: ExpertWeights, layout: str, most_tokens: int):
         fields = {name: tensor.float() for name, tensor in weights.tensors().items()}
         experts = PackedExperts.from_dense(ExpertWeights(**fields))
         self.tokens = tokens
         self.is_native = layout == "native"
-        self.gates = [batch.gates.to(experts.up.device) for batch in tokens.calibration]
+        self.places = spread([len(batch.gates) for batch in tokens.calibration], most_tokens)
+        batches = [tokens.calibration[place] for place in self.places]
+        self.gates = [batch.gates.to(experts.up.device) for batch in batches]
         self.grams = [
             torch.cat(list(output_grams(experts, tokens.activation, batch.hidden_states.to(experts.up.device))))
-            for batch in tokens.calibration
+            for batch in batches
         ]
 
     def __call__(self, kept: tuple[int, ...]) -> float:
         """The error of the subset `kept`, ascending."""
         rows = torch.tensor(kept)
         if self.is_native:
-            changed = self.tokens.gates_of_kept(rows)
+            changed = self.tokens.gates_of_kept(rows, self.places)
         else:
             changed = [
                 torch.zeros_like(g).index_copy_(1, rows.to(g.device), g[:, rows.to(g.device)]) for g in self.gates
@@ -159,6 +163,15 @@ class SubsetErrors:
             change = now.to(before.device) - before
             total += ((change[:, None] @ gram)[:, 0] * change).sum(dtype=torch.float64).item()
         return total
+
+
+def spread(sizes: list[int], most: int) -> list[int]:
+    """Places of batches of these sizes, evenly spread, with at most `most` tokens together, or one batch."""
+    for step in range(1, len(sizes) + 1):
+        places = list(range(0, len(sizes), step))
+        if sum(sizes[place] for place in places) <= most:
+            return places
+    return [0] if sizes else []
 
 
 @torch.no_grad()

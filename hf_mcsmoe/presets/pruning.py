@@ -57,9 +57,9 @@ PRESETS = {
         paper="Not All Experts are Equal: Efficient Expert Pruning and Skipping for MoE LLMs (Lu et al., 2024)",
         url="https://arxiv.org/abs/2402.14800",
         notes="Tries all subsets of a layer's experts where there are at most 1000, else lets experts go one by one; "
-        "on 8192 calibration tokens. sequential=True is the paper's progressive variant. Skipping experts of a token "
-        "is no compression and left out.",
-        recipe={"layout": "native", **DROP, "grouping": "subset_search", "fit_tokens": 8192},
+        "on about 8192 calibration tokens. sequential=True is the paper's progressive variant. Skipping experts of a "
+        "token is no compression and left out.",
+        recipe={"layout": "native", **DROP, "grouping": "subset_search"},
     ),
     "camera-p": Preset(
         paper="CAMERA: Multi-Matrix Joint Compression for MoE Models via Micro-Expert Redundancy Analysis (Xu et al., "
