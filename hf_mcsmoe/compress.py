@@ -193,7 +193,7 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     else:
         layers = find_layers(model)
         check_layout(layers, recipe, model=model)
-        check_gradients(model, resolve_layers(layers, recipe)[0], recipe)
+        check_gradients(model, resolve_layers(layers, recipe)[0], recipe.statistics_with("gradients"))
 
 
 def compress_loaded(

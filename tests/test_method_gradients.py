@@ -236,7 +236,7 @@ def test_what_has_no_gradients_is_refused_before_the_model_runs(original, tokens
     model = original("switch_transformers")
     model.forward = None
     with pytest.raises(
-        ValueError, match=r"reads fisher, gradients .*, but .* is an encoder-decoder.*without gradients"
+        ValueError, match=r"collect fisher from gradients .*, but .* is an encoder-decoder.*without gradients"
     ):
         compress_moe(model, "m-smoe-fisher", calibration=tokens, progress=False)
     with pytest.raises(ValueError, match=r"has no language-model head\. Load it with AutoModelForCausalLM"):

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from slow_moe import MODELS, padded, ragged_rows, slow_layers
 from torch.testing import assert_close
 
@@ -181,6 +182,16 @@ def test_group_limited_routers_and_protected_experts(original, tokens, protect):
         assert set(layer.protected_experts) <= set(layer.dominant_of_group)
         if protect is None:
             assert sum(e < 4 for e in layer.dominant_of_group) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*offloaded modules.*:UserWarning")
+def test_offloaded_routers_and_experts_give_the_same_subsets(original, tokens):
+    expected, model = naee(original("deepseek_v3"), tokens, num_experts=6), original("deepseek_v3")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    recipe = MergedSparseMoeConfig.from_preset("naee", num_experts=6)
+    result = compress_moe(model, recipe, calibration=tokens, progress=False)
+    kept, same = ([r.dominant_of_group for r in m.compression_report.layers] for m in (expected, result))
+    assert kept == same
 
 
 @pytest.mark.parametrize("option, value", [("max_subsets", -1), ("candidates", 0), ("max_subsets", True)])

@@ -9,6 +9,7 @@ from slow_moe import MODELS, kept_by, padded, ragged_rows, slow_layers
 from hf_mcsmoe import MergedSparseMoeConfig, compress_moe
 from hf_mcsmoe.executors.in_memory import collect_statistics
 from hf_mcsmoe.families import find_layers
+from hf_mcsmoe.observed import ObservedTokens
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.saliency import SALIENCY
@@ -152,3 +153,14 @@ def test_a_token_without_a_residual_has_no_direction():
     left = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
     right = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 3.0], [-4.0, 0.0]])
     assert cosine(left, right).tolist() == [0.0, 0.0, 0.0, -1.0]
+
+
+def test_padding_that_is_not_finite_does_not_count():
+    class NoExperts:
+        def where_routed(self, observed):  # noqa: ARG002
+            return iter(())
+
+    residual = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    mask, index = torch.tensor([True, False]), torch.zeros(2, 1, dtype=torch.int64)
+    observed = ObservedTokens(3, residual, index, torch.ones(2, 1), mask, residual=residual)
+    assert STATISTICS["residual_change_sum"](NoExperts(), observed).tolist() == [0.0, 0.0, 0.0]

@@ -12,26 +12,24 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..families import reading_part
-from ..recipe import Recipe
 from ..types import MoeLayer
 
 
-def check_gradients(model: PreTrainedModel, layers: Sequence[MoeLayer], recipe: Recipe) -> None:
+def check_gradients(model: PreTrainedModel, layers: Sequence[MoeLayer], names: Sequence[str]) -> None:
     """Refuse what has no gradients to take, before anything runs.
 
     Args:
         model: On any device.
-        layers: Those that the recipe compresses.
-        recipe: What is asked.
+        layers: Those that are watched.
+        names: The statistics of gradients that are wanted.
 
     Raises:
         ValueError: A statistic needs gradients, and the model has no language-model loss of its own, or the output of
             its experts cannot be told from the rest.
     """
-    names = recipe.statistics_with("gradients")
     if not names:
         return
-    wanted = f"The recipe reads {', '.join(names)}, gradients of the language-model loss"
+    wanted = f"Calibration is to collect {', '.join(names)} from gradients of the language-model loss"
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{wanted}, but {type(model).__name__} is an encoder-decoder, whose loss needs targets that calibration "

@@ -21,7 +21,7 @@ from ..observed import ObservedTokens
 from ..statistics import STATISTICS
 from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_mask, decoder_modules, with_decoder_inputs
-from .gradients import check_in_memory, differentiable, loss_of
+from .gradients import check_gradients, check_in_memory, differentiable, loss_of
 
 HELD_OUT_TOKENS = 512  # per layer: (D + k) numbers each
 FIT_HELD_OUT_TOKENS = 4096  # where they choose a ridge and judge a refit, too
@@ -226,8 +226,9 @@ def collect(
     Raises:
         ValueError: No layer saw a token, or the sums of one are NaN or Inf.
     """
-    needs_gradients = any(STATISTICS.trait(name, "gradients", False) for name in needs)
-    if needs_gradients:
+    of_gradients = sorted(name for name in needs if STATISTICS.trait(name, "gradients", False))
+    if of_gradients:
+        check_gradients(model, layers, of_gradients)
         check_in_memory(model)
     in_decoder = decoder_modules(model)
     observers = [LayerObserver(layer, needs, layer.experts in in_decoder) for layer in layers]
@@ -248,7 +249,7 @@ def collect(
                     observer.residual = ResidualStream(model, observer.layer)
                     stack.enter_context(observer.residual.attached())
                 stack.enter_context(observer.attached())
-            if needs_gradients:
+            if of_gradients:
                 stack.enter_context(differentiable(model))
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
             for position, batch in enumerate(bar):
@@ -257,7 +258,7 @@ def collect(
                 inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
                 called, inputs = forward_call(model, inputs)
                 inputs |= cheap_forward(called)
-                if needs_gradients and not batch.held_out:
+                if of_gradients and not batch.held_out:
                     run_backward(called, inputs, batch, observers)
                 elif forward is None:
                     called(**inputs)
@@ -279,7 +280,11 @@ def collect(
 def run_backward(
     called: nn.Module, inputs: dict[str, Any], batch: CalibrationBatch, observers: list[LayerObserver]
 ) -> None:
-    """A forward that observers watch, and a backward in which they only note gradients."""
+    """A forward that observers watch, and a backward in which they only note gradients.
+
+    Memory: the inputs of all decoder layers, the graph of one and the logits of the batch, and 2 D numbers for each of
+    its tokens and MoE layers.
+    """
     with torch.enable_grad():
         loss = loss_of(called, inputs, batch.token_mask)
         for observer in observers:
