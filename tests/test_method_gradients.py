@@ -20,6 +20,7 @@ from hf_mcsmoe.types import ExpertWeights, LayerStatistics
 
 ROWS = slice(0, 4)
 NAMES = frozenset({"fisher", "activation_energy", "neuron_gradient_energy"})
+BIG = NAMES | {"gated_activation_energy", "gated_activation_peak"}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -221,6 +222,22 @@ def counted(function, calls):
         return function(*args, **kwargs)
 
     return call
+
+
+@pytest.mark.parametrize("preset", ["heapr", "camera-p", "m-smoe-fisher"])
+def test_a_bfloat16_model_has_nearly_the_same_statistics_and_stays_bfloat16(original, tokens, preset):
+    # Not the same neurons: rounding in the forward changes the order of neurons that are nearly alike.
+    recipe = MergedSparseMoeConfig.from_preset(preset, sequential=False)
+    data, needs = load_calibration(tokens[:1, :4]), recipe.to_recipe().statistics_needed() & BIG
+    narrow = original("mixtral").to(torch.bfloat16)
+    wide = copy.deepcopy(narrow).float()
+    found = [collect_statistics(model, find_layers(model)[:1], data, needs)[0] for model in (narrow, wide)]
+    for one, other in zip(*(statistics.values() for statistics in found), strict=True):
+        assert torch.equal(one.selection_count, other.selection_count)
+        for name in needs:
+            assert (one[name] - other[name]).norm() < 0.05 * other[name].norm()
+    result = compress_moe(narrow, recipe, calibration=tokens, progress=False)
+    assert {p.dtype for p in result.parameters()} == {torch.bfloat16}
 
 
 def test_held_out_batches_have_no_say(original, tokens):

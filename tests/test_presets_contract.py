@@ -48,9 +48,13 @@ def changes_of(method):
 
 
 def solves(name):
-    """Whether a preset solves systems with what layers were given, where a bfloat16 model gives them other numbers."""
+    """Whether a preset solves systems with what layers were given, or ranks neurons, or reads gradients.
+
+    A bfloat16 model gives layers other numbers.
+    """
     recipe = recipe_from_preset(**changes_of(name))
-    return recipe.needs_inputs or recipe.decomposition is not None
+    reads_numbers = recipe.selection is not None or bool(recipe.statistics_with("gradients"))
+    return recipe.needs_inputs or recipe.decomposition is not None or reads_numbers
 
 
 def choices(model):
