@@ -8,6 +8,7 @@ from torch import nn
 
 from .allocation import ALLOCATION
 from .families import reason_against, tied_layers
+from .families.base import MoeFamily
 from .families.residual import check_residual
 from .modeling.forms import check_forms
 from .modeling.native_config import check_native
@@ -15,6 +16,7 @@ from .modeling.native_width import NativeFields, native_fields
 from .recipe import Recipe
 from .registry import closest
 from .sizes import expert_size
+from .statistics import STATISTICS
 from .types import MoeLayer
 
 
@@ -155,6 +157,17 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
             f"constants is {recipe.constants!r}, but the experts of {layer.name!r} are not called with slots and "
             "weights, so nothing can be added for a dropped slot. Use constants=None."
         )
+    _check_running(layer, recipe)
+
+
+def _check_running(layer: MoeLayer, recipe: Recipe) -> None:
+    """Refuse recipes that run the experts of a layer one by one, or again, where that is not possible."""
+    runs = [name for name in sorted(recipe.statistics_needed()) if STATISTICS.trait(name, "of") != "slots"]
+    if runs and type(layer.family).activation is MoeFamily.activation:
+        raise ValueError(
+            f"The recipe collects {', '.join(runs)}, for which the experts of {layer.name!r} cannot be run one by "
+            f"one: {layer.family.not_formed_because}. Use a recipe that looks at the router only, such as 'frequency'."
+        )
     if recipe.needs_inputs and layer.family.no_forms_because(layer):
         raise ValueError(
             f"The recipe runs the experts of {layer.name!r} by their matrices alone, which is not possible: "
@@ -163,8 +176,7 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
     if recipe.needs_inputs and getattr(layer.experts, "has_post_expert_norm", False):
         raise ValueError(
             "selection, refit and all that runs experts again need experts whose output is linear in their last "
-            f"matrix; those of {layer.name!r} "
-            "are normalised. Use a recipe without them."
+            f"matrix; those of {layer.name!r} are normalised. Use a recipe without them."
         )
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from all_families import tiny
 from slow_moe import MODELS, kept_by, padded, ragged_rows, slow_layers
 
 from hf_mcsmoe import MergedSparseMoeConfig, compress_moe
@@ -141,6 +142,21 @@ def test_a_decoder_layer_without_a_readable_residual_is_refused_before_the_model
         ValueError, match=r"residual stream around 'model.layers.0'.*whole decoder layer.*gated_output"
     ):
         compress_moe(model, "easy-ep", calibration=tokens, progress=False)
+
+
+def test_experts_that_cannot_be_run_one_by_one_are_refused_before_the_model_runs(tokens):
+    model = copy.deepcopy(tiny("dbrx"))
+    model.forward = None
+    with pytest.raises(
+        ValueError, match=r"collects gated_output_norm_sum, .* cannot be run one by one: DBRX.*frequency"
+    ):
+        compress_moe(model, "reap", calibration=tokens, progress=False)
+
+
+def test_several_residual_streams_are_refused(tokens):
+    with pytest.raises(ValueError, match=r"residual stream around 'model.layers.0.mlp', which cannot be read"):
+        recipe = MergedSparseMoeConfig.from_preset("easy-ep", layout="mapped")
+        compress_moe(copy.deepcopy(tiny("deepseek_v4")), recipe, calibration=tokens % 130, progress=False)
 
 
 def test_an_output_that_is_scaled_before_it_is_added_is_refused(original, tokens):

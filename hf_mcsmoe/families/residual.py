@@ -63,10 +63,13 @@ class ResidualStream:
 
     def _on_sum(self, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ARG002
         if self._added is not None:
+            if self._added.numel() != self.value.numel():
+                raise ValueError(self._refusal("its block gives something of another shape"))
             expected = (self.value + self._added.reshape_as(self.value)).float()
-            found = first_tensor(output).reshape_as(self.value).float()
+            found = first_tensor(output).float()
             tolerance = 8 * torch.finfo(self.value.dtype).eps * expected.abs().max()
-            if not bool(((found - expected).abs() <= tolerance).all()):
+            is_sum = found.numel() == expected.numel() and (found.reshape_as(expected) - expected).abs() <= tolerance
+            if not torch.as_tensor(is_sum).all():
                 raise ValueError(self._refusal("what its block gives is changed before it is added to the residual"))
         self._is_checked, self._added = True, None
 
