@@ -11,6 +11,7 @@ from .calibration import Calibration, load_calibration
 from .compress import compress_moe
 from .config import MergedSparseMoeConfig
 from .decompose import decompose_merged
+from .fitting import fit_recipe
 from .modeling import (
     MergedSparseMoeForCausalLM,
     MergedSparseMoeForImageTextToText,
@@ -65,6 +66,7 @@ __all__ = [
     "compress_moe",
     "decompose_merged",
     "densify",
+    "fit_recipe",
     "harden",
     "load_calibration",
     "lora_config",

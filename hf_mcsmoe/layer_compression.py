@@ -17,6 +17,7 @@ from .layer_constants import constants_of_layer, without_constants
 from .layer_fit import FittedExperts, fit_experts, refit_down
 from .layer_inputs import LayerInputs, relative_error, routed_output
 from .layer_merging import MergedLayer, merge_layer
+from .layer_record import record_statistics
 from .layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_result
 from .matching import MATCHING
 from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
@@ -24,6 +25,7 @@ from .modeling.constant_outputs import fill_constants
 from .modeling.experts import install_mapped, install_native, replace_experts
 from .modeling.install_forms import install_low_rank_sparse, install_ragged
 from .recipe import Recipe
+from .report_types import factor_sizes
 from .routing import ROUTING
 from .sizes import constant_sizes, expert_size, neuron_size
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
@@ -34,7 +36,7 @@ WORTH_COLLAPSING = 0.1
 
 def compress_layer(
     layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int, protected: Tensor | None = None
-) -> tuple[LayerReport, dict[str, Any]]:
+) -> tuple[LayerReport, dict[str, Any], dict[str, Tensor]]:
     """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
 
     A recipe that selects neurons or refits also needs all experts in float32, what `collected` kept of the calibration
@@ -48,7 +50,7 @@ def compress_layer(
         protected: Experts that stay as they are, (N,) bool; None for none.
 
     Returns:
-        What it did, and the layer's entry in the layout of a mapped checkpoint.
+        What it did, the layer's entry in the layout of a mapped checkpoint, and what `record_statistics` keeps.
     """
     start = time.perf_counter()
     before = routed_output(layer, collected.held_out)
@@ -100,8 +102,10 @@ def compress_layer(
         refit_error_before=fitted.error_before_refit if fitted is not None else None,
         refit_error_after=fitted.error_after_refit if fitted is not None else None,
         protected_experts=protected.nonzero().flatten().tolist() if protected is not None else [],
+        width_before=layer.intermediate_size,
+        **factor_sizes(layout),
     )
-    return report, layout
+    return report, layout, record_statistics(layer.name, collected.statistics, merged.similarity)
 
 
 def tokens_of_layer(

@@ -31,6 +31,7 @@ class MergedLayer:
     groups: ExpertGroups
     routing: Routing
     parameters: dict[str, Tensor]  # M experts as the family stacks them
+    similarity: Tensor | None = None  # (N, N), of the original experts; None: the recipe does not look at it
 
 
 def merge_layer(
@@ -56,13 +57,13 @@ def merge_layer(
         weights = layer.family.view(layer, old)
         supply = {"statistics": lambda: statistics, "tokens": original, "weights": lambda: weights}
         supply["layout"] = lambda: recipe.layout
-        groups = group_experts(layer, recipe, statistics, weights, num_experts, supply, protected)
+        groups, similarity = group_experts(layer, recipe, statistics, weights, num_experts, supply, protected)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
         for name, rows in layer.passive_expert_rows.items():
             new[name] = torch.cat([new[name], rows.detach()])
-    return MergedLayer(groups, ROUTING[recipe.layout](groups), new)
+    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, similarity)
 
 
 def group_experts(
@@ -73,8 +74,8 @@ def group_experts(
     num_experts: int,
     supply: Supply | None = None,
     protected: Tensor | None = None,
-) -> ExpertGroups:
-    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping.
+) -> tuple[ExpertGroups, Tensor | None]:
+    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping; and that similarity.
 
     Those that are `protected`, (N,) bool, are groups of one.
     """
@@ -93,11 +94,9 @@ def group_experts(
 
     handles_protected = "protected" in GROUPING.asks_for(recipe.grouping)
     if protected is not None and not handles_protected:
-        return group_around(protected, group, saliency, similarity, num_experts, supply)
-    none = torch.zeros(layer.num_slots, dtype=torch.bool)
-    return group(
-        saliency, similarity, num_experts, {**supply, "protected": lambda: none if protected is None else protected}
-    )
+        return group_around(protected, group, saliency, similarity, num_experts, supply), similarity
+    alone = torch.zeros(layer.num_slots, dtype=torch.bool) if protected is None else protected
+    return group(saliency, similarity, num_experts, {**supply, "protected": lambda: alone}), similarity
 
 
 @torch.no_grad()

@@ -5,14 +5,16 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .config import FORMAT_VERSION
 from .modeling.merged_model import merged_class
 from .modeling.native_width import NativeFields, adopt_native
+from .peak_memory import peak_memory
 from .recipe import Recipe
+from .recipe_reading import resolved
 from .types import CompressionReport, LayerReport, MoeLayer
 
 
@@ -29,6 +31,7 @@ def conclude(
     after: tuple[int, int] | None = None,
     start: float,
     warnings: list[str],
+    statistics: dict[str, Tensor] | None = None,
 ) -> None:
     """Make a model whose layers are compressed what it is now, and attach its report.
 
@@ -44,6 +47,7 @@ def conclude(
         after: What it gives for the result; None: it is counted.
         start: `time.perf_counter()` when the work began.
         warnings: For the report.
+        statistics: For the report: those of all layers, see `layer_record`.
     """
     architecture, name_or_path = type(model).__name__, model.config.name_or_path or None
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "scipy")}
@@ -56,7 +60,7 @@ def conclude(
         adopt_native(model, layers, native, reports[0].num_experts_after, reports[0].widths[0])
     after = after or count(model)
     model.compression_report = CompressionReport(
-        recipe=recipe.to_dict(),
+        recipe=resolved(recipe),
         calibration=fingerprint,
         layers=reports,
         base_model=name_or_path,
@@ -68,6 +72,8 @@ def conclude(
         seconds=time.perf_counter() - start,
         versions=versions,
         warnings=warnings,
+        peak_memory=peak_memory(),
+        statistics=statistics or {},
     )
 
 

@@ -66,12 +66,15 @@ def compress_in_memory(
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     reports: dict[str, LayerReport] = {}
     layouts: dict[str, Any] = {}
+    statistics_kept: dict[str, Tensor] = {}
     if is_collected:
         todo = ((layer, collected[layer.name]) for layer in layers)
     else:
         todo = visits(model, layers, tied, data, wanted, collected)
     for layer, of_layer in tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2):
-        report, layout = compress_layer(layer, recipe, of_layer, allotted[layer], protected.get(layer.name))
+        how = (allotted[layer], protected.get(layer.name))
+        report, layout, recorded = compress_layer(layer, recipe, of_layer, *how)
+        statistics_kept |= recorded
         reports[layer.name], layouts[layer.name] = report, layout
         for other in [other for other, first in tied.items() if first is layer]:
             follow(other, layer, report, layout, recipe)
@@ -80,7 +83,7 @@ def compress_in_memory(
         model.tie_weights()
     layouts = {layer.name: layouts[layer.name] for layer in found if layer.name in layouts}
     in_order = [reports[layer.name] for layer in layers]
-    how = {"native": native, "before": before, "start": start, "warnings": warnings}
+    how = {"native": native, "before": before, "start": start, "warnings": warnings, "statistics": statistics_kept}
     conclude(model, recipe, data, layers, in_order, layouts, **how)
     return model.compression_report
 

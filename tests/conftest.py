@@ -13,8 +13,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe
+from hf_mcsmoe.publishing.plots import draw_plots
 
 torch.set_num_threads(1)  # sums of a tiny model in one order, whatever the machine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_plots():
+    """Checkpoints are written without plots, which take longer to draw than a tiny model takes to compress."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_mcsmoe.publishing.page.draw_plots", lambda report, statistics: {})  # noqa: ARG005
+        yield
+
+
+@pytest.fixture
+def plots(monkeypatch):
+    """Within the test plots are drawn, as they are for users."""
+    monkeypatch.setattr("hf_mcsmoe.publishing.page.draw_plots", draw_plots)
 
 
 @pytest.fixture(scope="session")

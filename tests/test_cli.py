@@ -21,7 +21,7 @@ from hf_mcsmoe.planning import plan
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 
-VERBS = ("demo", "families", "inspect", "plan", "compress", "evaluate", "cache-teacher", "recover", "push")
+VERBS = ("demo", "families", "inspect", "plan", "compress", "evaluate", "cache-teacher", "recover", "report", "push")
 
 
 def run(*arguments):

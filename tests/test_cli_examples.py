@@ -46,7 +46,7 @@ def world(tmp_path_factory):
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[unk]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    ids = torch.randint(3, 160, (len(TEXTS), 12, 40), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 160, (len(TEXTS), 48, 64), generator=torch.Generator().manual_seed(0))
     for name, rows in zip(TEXTS, ids.tolist(), strict=True):
         lines = [json.dumps({"text": " ".join(f"w{token}" for token in row)}) for row in rows]
         (folder / name).write_text("\n".join(lines))

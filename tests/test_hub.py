@@ -234,7 +234,7 @@ def test_weights_of_an_earlier_model_are_replaced(hub, client, results):
     files = hub.repositories["alice/changing"].files()
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
     client.run(push(results / "native", "alice/changing"))
-    weights = [name for name in hub.repositories["alice/changing"].files() if "safetensors" in name]
+    weights = [name for name in hub.repositories["alice/changing"].files() if name.startswith("model.safetensors")]
     assert weights == ["model.safetensors"] and commits(hub, "alice/changing") == 3
 
 
@@ -303,6 +303,8 @@ model, tokenizer = load_model({str(results / layout)!r}), load_tokenizer({str(re
     # The weights of an object may have changed since they were evaluated.
     assert "not evaluated" in card.text and "evaluation" not in report
     assert report["layers"] == read_report(results / layout)["layers"]
+    statistics = "statistics/compression_statistics.safetensors"
+    assert files[statistics] == (results / layout / statistics).read_bytes() and "plots/similarity.png" in files
     assert "model-00001-of" in " ".join(files) and "tokenizer.json" in files
     assert ("modeling_hf_mcsmoe.py" in files) == (layout == "mapped")
     assert not any(b"secret-project" in written for written in files.values())

@@ -261,8 +261,8 @@ def test_relabelling_experts_commutes_with_compression(weights, num_groups):
     )
     new_weights = mapped(lambda tensor: tensor[relabelled], weights)
     layer = layer_of(NUM_EXPERTS)
-    groups = group_experts(layer, Recipe(), statistics, weights, num_groups)
-    new_groups = group_experts(layer, Recipe(), new_statistics, new_weights, num_groups)
+    groups, _ = group_experts(layer, Recipe(), statistics, weights, num_groups)
+    new_groups, _ = group_experts(layer, Recipe(), new_statistics, new_weights, num_groups)
     old = merged(weights, groups, statistics.usage_frequency)
     new = merged(new_weights, new_groups, new_statistics.usage_frequency)
     of_expert = mapped(lambda tensor: tensor[groups.group_of_expert[relabelled]], old)
@@ -275,9 +275,9 @@ def test_relabelling_experts_commutes_with_compression(weights, num_groups):
 def test_a_native_group_limited_router_keeps_the_same_number_of_rows_in_each_group():
     statistics, weights = statistics_of([9, 8, 7, 6, 4, 3, 2, 1]), random_weights(FORMATS["gated"], 8)
     layer = layer_of(8, num_router_groups=2)
-    native = group_experts(layer, Recipe(layout="native"), statistics, weights, 4)
+    native, _ = group_experts(layer, Recipe(layout="native"), statistics, weights, 4)
     assert native.dominant_of_group.tolist() == [0, 1, 4, 5]
-    mapped_layout = group_experts(layer, Recipe(), statistics, weights, 4)
+    mapped_layout, _ = group_experts(layer, Recipe(), statistics, weights, 4)
     assert mapped_layout.dominant_of_group.tolist() == [0, 1, 2, 3]
 
 
@@ -287,16 +287,16 @@ def test_options_of_a_recipe_reach_the_step():
     recipe = Recipe(similarity_options={"center": True})
     similarity = router_logit_similarity(statistics, weights, center=True)
     expected = group_around_dominant_experts(torch.tensor(count), similarity, 4)
-    groups = group_experts(layer_of(8), recipe, statistics, weights, 4)
+    groups, _ = group_experts(layer_of(8), recipe, statistics, weights, 4)
     assert torch.equal(groups.group_of_expert, expected.group_of_expert)
-    uncentered = group_experts(layer_of(8), Recipe(), statistics, weights, 4)
+    uncentered, _ = group_experts(layer_of(8), Recipe(), statistics, weights, 4)
     assert not torch.equal(uncentered.group_of_expert, expected.group_of_expert)
 
 
 def test_pruning_asks_for_no_similarity():
     statistics = LayerStatistics(num_tokens=9, selection_count=torch.tensor([1, 4, 0, 4]))
     recipe = Recipe(grouping="drop", similarity=None, alignment=None, merging=None)
-    groups = group_experts(layer_of(4), recipe, statistics, random_weights(FORMATS["gated"], 4), 2)
+    groups, _ = group_experts(layer_of(4), recipe, statistics, random_weights(FORMATS["gated"], 4), 2)
     assert groups.group_of_expert.tolist() == [-1, 0, -1, 1]
 
 

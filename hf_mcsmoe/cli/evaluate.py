@@ -102,12 +102,13 @@ def samples_of(
 
 
 def save_scores(folder: str, scores: "Evaluation") -> None:
-    """Add scores to the report and the model card in a folder."""
+    """Add scores to the report, its page and the model card in a folder."""
     from pathlib import Path
 
-    from ..publishing import read_report, write_card, write_report
+    from ..publishing import read_report, write_card, write_pages, write_report
 
     write_report(read_report(folder), folder, scores)
+    write_pages(folder)
     write_card(folder, repo_name=Path(folder).resolve().name)
 
 

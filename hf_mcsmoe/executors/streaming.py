@@ -1,5 +1,6 @@
 """Compressing a checkpoint that need not fit in memory: decoder layer by decoder layer, from shards to shards."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -26,8 +27,9 @@ from ..outcome import conclude, count, package_version
 from ..protected_experts import check_room, protected_experts, with_protected
 from ..protection import PROTECTION
 from ..publishing.report import read_report
+from ..publishing.statistics_file import read_statistics
 from ..recipe import Recipe
-from ..types import CompressionReport, LayerReport, LayerStatistics
+from ..types import CompressionReport, LayerStatistics
 from .decoder_stack import DecoderStack
 from .journal import JOURNAL_FILE, Journal
 from .output_shards import is_disk_full, publish
@@ -123,9 +125,9 @@ def compress_by_streaming(
             )
             summary.num_decoder_layers = len(run.stack)
             stream(run, one_pass)
-            reports, layouts = run.results()
+            reports, layouts, recorded = run.results()
             totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
-            conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
+            conclude(model, recipe, data, layers, reports, layouts, native=native, statistics=recorded, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
             journal.append({"step": "published", "layer": 0})
             shutil.rmtree(working / "replaced", ignore_errors=True)
@@ -218,11 +220,9 @@ def written_bytes(output_dir: str | os.PathLike) -> int:
 
 def described_result(output: Path) -> PreTrainedModel:
     """The model in `output` without its weights, with its report."""
-    values = read_report(output)
-    known = {name: values[name] for name in CompressionReport.__dataclass_fields__ if name in values}
-    known["layers"] = [LayerReport(**layer) for layer in known["layers"]]
+    report = CompressionReport.from_dict(read_report(output))
     model = empty_model(read_config(output))
-    model.compression_report = CompressionReport(**known)
+    model.compression_report = dataclasses.replace(report, statistics=read_statistics(output))
     return model
 
 

@@ -1,6 +1,6 @@
 """The model card: every number in it comes from the report, and what was not measured says so."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..local_paths import hub_id
 from ..recipe import Recipe
 from ..recipe_reading import recipe_from_dict
 from . import card_text
+from .card_plots import card_plots, plots_of_folder
 from .report import read_report, recipe_yaml
 
 CARD_FILE = "README.md"
@@ -40,6 +41,7 @@ def model_card(
     base_model_relation: str = "quantized",
     base_license: str | Mapping[str, str] | None = None,
     has_tokenizer: bool = True,
+    plots: Collection[str] = (),
 ) -> ModelCard:
     """The card of a compressed model, ready to be saved as README.md.
 
@@ -51,6 +53,7 @@ def model_card(
         base_model_relation: Of the four that the Hub knows, "quantized" is the closest for one parent.
         base_license: As in the metadata of the base model's card; a mapping may have `LICENCE_KEYS`. None: unknown.
         has_tokenizer: The tokenizer is saved beside the model; else the base model's is loaded.
+        plots: Names of the plots beside the card, see `card_plots`.
 
     Raises:
         ValueError: The recipe in the report is not valid.
@@ -77,6 +80,7 @@ def model_card(
         auto_class=auto_class,
         model_id=model_id,
         tokenizer_id=model_id if has_tokenizer or base_id is None else base_id,
+        plots=card_plots(plots),
         **card_text.sections(report, recipe, scores, base),
     )
 
@@ -100,6 +104,7 @@ def write_card(folder: str | Path, **options: Any) -> Path:
     found = {
         "base_license": local_licence(report["base_model"]),
         "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
+        "plots": plots_of_folder(folder),
     }
     card = model_card(report, **{**found, **options})
     card.save(folder / CARD_FILE)

@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 
 from ..local_paths import without_paths
 from .card import local_licence, write_card
-from .hub import report_of
+from .hub import report_of, statistics_of
+from .page import write_pages
 from .published import add_tags
 from .report import write_report
+from .statistics_file import write_statistics
 
 TRAINING_ARGS = "training_args.bin"  # what Trainer calls its pickled arguments; importing it from there takes seconds
 
@@ -50,6 +52,8 @@ class CompressedModelCard:
             values["warnings"] = [*values["warnings"], trained_after(self.state.global_step)]
         licence = options.get("license") or local_licence(values["base_model"])
         write_report(without_paths(values), folder)
+        write_statistics(statistics_of(model), folder)
+        write_pages(folder)
         card = write_card(folder, repo_name=self.hub_model_id or folder.resolve().name, base_license=licence)
         tags = options.get("tags") or []
         if tags:
