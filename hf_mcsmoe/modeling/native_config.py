@@ -62,7 +62,7 @@ def check_native(layers: Sequence[MoeLayer], budgets: Sequence[int], *, drops_ex
             )
         for _, name in layer.family.expert_tables(layer) if drops_experts else ():
             raise ValueError(
-                f"Experts are dropped, which leaves none for some tokens that {layer.router_name!r} looks up in {name}, "
+                f"Dropped experts leave none for some tokens that {layer.router_name!r} looks up in {name}, "
                 "and layout 'native' cannot skip them. Use layout='mapped', or merge."
             )
 
