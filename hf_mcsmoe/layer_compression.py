@@ -13,6 +13,7 @@ from .executors.in_memory import Collected
 from .expert_decomposition import decompose_experts
 from .expert_values import PackedExperts
 from .gated_features import sum_input_grams
+from .layer_constants import constants_of_layer, without_constants
 from .layer_fit import FittedExperts, fit_experts, refit_down
 from .layer_inputs import LayerInputs, relative_error, routed_output
 from .layer_merging import MergedLayer, merge_layer
@@ -20,12 +21,13 @@ from .layer_record import record_statistics
 from .layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_result
 from .matching import MATCHING
 from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
+from .modeling.constant_outputs import fill_constants
 from .modeling.experts import install_mapped, install_native, replace_experts
 from .modeling.install_forms import install_low_rank_sparse, install_ragged
 from .recipe import Recipe
 from .report_types import factor_sizes
 from .routing import ROUTING
-from .sizes import expert_size, neuron_size
+from .sizes import constant_sizes, expert_size, neuron_size
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
 
 # Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
@@ -33,7 +35,7 @@ WORTH_COLLAPSING = 0.1
 
 
 def compress_layer(
-    layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int
+    layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int, protected: Tensor | None = None
 ) -> tuple[LayerReport, dict[str, Any], dict[str, Tensor]]:
     """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
 
@@ -45,6 +47,7 @@ def compress_layer(
         recipe: The steps.
         collected: What the calibration forward left of this layer; its held-out sample may be empty.
         num_experts: M.
+        protected: Experts that stay as they are, (N,) bool; None for none.
 
     Returns:
         What it did, the layer's entry in the layout of a mapped checkpoint, and what `record_statistics` keeps.
@@ -54,7 +57,7 @@ def compress_layer(
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_size = expert_size(layer, recipe) if recipe.decomposition is not None else size
     original = functools.cache(lambda: original_tokens(layer, collected))
-    merged = merge_layer(layer, recipe, collected.statistics, num_experts, original)
+    merged = merge_layer(layer, recipe, collected.statistics, num_experts, original, protected)
     share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
     layout = {
         "num_experts": num_experts,
@@ -62,13 +65,19 @@ def compress_layer(
         "has_dropped": bool((merged.groups.group_of_expert < 0).any()),
         "collapse_duplicates": worth_collapsing(recipe, share),
     }
-    tokens = tokens_of_layer(layer, collected, merged, original()) if reads_tokens(recipe) else None
+    constants = constants_of_layer(recipe, collected.statistics, merged.groups)
+    added = constant_sizes(layer, 0 if constants is None else len(constants))
+    if constants is not None:
+        layout["num_constants"] = len(constants)
+    tokens = tokens_of_layer(layer, collected, merged, original(), constants) if reads_tokens(recipe) else None
     fitted = None
     if recipe.is_fitted and not is_unchanged(layer, recipe, merged):
         fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
         if recipe.matching is not None:
             fitted = match_layer(layer, recipe, collected, tokens, fitted)
     install(layer, recipe, merged, tokens, fitted, layout)
+    if constants is not None:
+        fill_constants(layer.experts, constants)
     reroute = merged.routing.rows is not None or trains_router(layer, recipe)
     after = routed_output(layer, collected.held_out, reroute=reroute)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
@@ -79,9 +88,9 @@ def compress_layer(
         num_experts_before=layer.num_experts,
         num_experts_after=num_experts,
         parameters_before=size.parameters * layer.num_experts,
-        parameters_after=new_size.parameters * num_experts - per_neuron.parameters * gone,
+        parameters_after=new_size.parameters * num_experts - per_neuron.parameters * gone + added.expert_parameters,
         bytes_before=size.bytes * layer.num_experts,
-        bytes_after=new_size.bytes * num_experts - per_neuron.bytes * gone,
+        bytes_after=new_size.bytes * num_experts - per_neuron.bytes * gone + added.expert_bytes,
         relative_error=relative_error(before, after),
         duplicate_share=share,
         unused_experts=int((collected.statistics.selection_count == 0).sum()),
@@ -92,14 +101,19 @@ def compress_layer(
         widths=widths,
         refit_error_before=fitted.error_before_refit if fitted is not None else None,
         refit_error_after=fitted.error_after_refit if fitted is not None else None,
+        protected_experts=protected.nonzero().flatten().tolist() if protected is not None else [],
         width_before=layer.intermediate_size,
         **factor_sizes(layout),
     )
     return report, layout, record_statistics(layer.name, collected.statistics, merged.similarity)
 
 
-def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens) -> LayerTokens:
-    """The kept tokens under the gates that the result will apply, with what the original experts give for them.
+def tokens_of_layer(
+    layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens, constants: Tensor | None
+) -> LayerTokens:
+    """The kept tokens under the gates that the result will apply, with what its experts should give for them.
+
+    That is what the original experts give, less the constants that dropped slots add.
 
     In the native layout with fewer experts the merged ones are installed for that: the router must be cut.
     """
@@ -112,7 +126,10 @@ def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, 
         assignment = torch.zeros(layer.num_slots, num_experts)
         stays = (group_of_expert >= 0).nonzero().flatten()
         assignment[stays, group_of_expert[stays]] = 1.0
-    return tokens_of_result(layer, collected, original, assignment, reroute=reroute)
+    tokens = tokens_of_result(layer, collected, original, assignment, reroute=reroute)
+    if constants is None:
+        return tokens
+    return without_constants(original, tokens, (group_of_expert < 0).nonzero().flatten(), constants)
 
 
 def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
@@ -122,16 +139,20 @@ def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
 
 def reads_tokens(recipe: Recipe) -> bool:
     """Whether tokens are needed under the gates of the result."""
-    return recipe.is_fitted or (recipe.decomposition is not None and bool(DECOMPOSITION.needs(recipe.decomposition)))
+    return recipe.is_fitted_on_tokens or (
+        recipe.decomposition is not None and bool(DECOMPOSITION.needs(recipe.decomposition))
+    )
 
 
 def fit_layer(
-    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens, statistics: LayerStatistics
+    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, statistics: LayerStatistics
 ) -> FittedExperts:
-    """Select neurons and refit, as the recipe says."""
+    """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
     experts = as_float32(layer.family.view(layer, merged.parameters))
     budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
     supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
+    if tokens is None:
+        return fit_experts(experts, layer.family.activation(layer), recipe, budget, [], [], supply)
     return fit_experts(experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out, supply)
 
 

@@ -11,6 +11,7 @@ from .alignment import ALIGNMENT
 from .grouping import GROUPING
 from .merging import MERGING
 from .modeling.offload import fetched
+from .protected_experts import group_around
 from .recipe import Recipe
 from .routing import ROUTING
 from .saliency import SALIENCY
@@ -39,6 +40,7 @@ def merge_layer(
     statistics: LayerStatistics,
     num_experts: int,
     original: "Callable[[], LayerTokens] | None" = None,
+    protected: Tensor | None = None,
 ) -> MergedLayer:
     """Group and merge the experts of a layer, which is left as it is.
 
@@ -48,13 +50,14 @@ def merge_layer(
         statistics: Of the layer.
         num_experts: M.
         original: The kept tokens, for steps that ask for "tokens"; made only then.
+        protected: Experts that stay alone, (N,) bool; None for none.
     """
     with fetched(layer.experts):
         old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         weights = layer.family.view(layer, old)
         supply = {"statistics": lambda: statistics, "tokens": original, "weights": lambda: weights}
-        supply["seed"] = lambda: recipe.seed
-        groups, similarity = group_experts(layer, recipe, statistics, weights, num_experts, supply)
+        supply |= {"seed": lambda: recipe.seed, "layout": lambda: recipe.layout}
+        groups, similarity = group_experts(layer, recipe, statistics, weights, num_experts, supply, protected)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
@@ -70,8 +73,12 @@ def group_experts(
     weights: ExpertWeights,
     num_experts: int,
     supply: Supply | None = None,
+    protected: Tensor | None = None,
 ) -> tuple[ExpertGroups, Tensor | None]:
-    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping; and that similarity."""
+    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping; and that similarity.
+
+    Those that are `protected`, (N,) bool, are groups of one.
+    """
     supply = supply or {}
     saliency = SALIENCY[recipe.saliency](statistics, weights, **recipe.saliency_options)
     similarity = None
@@ -80,8 +87,16 @@ def group_experts(
         similarity = SIMILARITY.call(recipe.similarity, statistics, weights, **how)
     # A group-limited router that loses rows must lose the same number in each of its groups.
     partitions = layer.num_router_groups if recipe.layout == "native" else 1
-    how = {"options": recipe.grouping_options, "supply": supply}
-    return GROUPING.call(recipe.grouping, saliency, similarity, num_experts, partitions, **how), similarity
+
+    def group(saliency: Tensor, similarity: Tensor | None, num_groups: int, supply: Supply) -> ExpertGroups:
+        how = {"options": recipe.grouping_options, "supply": supply}
+        return GROUPING.call(recipe.grouping, saliency, similarity, num_groups, partitions, **how)
+
+    handles_protected = "protected" in GROUPING.asks_for(recipe.grouping)
+    if protected is not None and not handles_protected:
+        return group_around(protected, group, saliency, similarity, num_experts, supply), similarity
+    alone = torch.zeros(layer.num_slots, dtype=torch.bool) if protected is None else protected
+    return group(saliency, similarity, num_experts, {**supply, "protected": lambda: alone}), similarity
 
 
 @torch.no_grad()

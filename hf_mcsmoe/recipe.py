@@ -8,20 +8,24 @@ from typing import Any
 
 from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
+from .constants import CONSTANTS
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
 from .low_rank import check_budget
 from .matching import MATCHING
 from .merging import MERGING
 from .presets import PRESETS
+from .protection import PROTECTION
 from .refit import REFIT
 from .registry import Registry, closest
 from .saliency import SALIENCY
 from .selection import SELECTION
 from .similarity import SIMILARITY
+from .statistics import STATISTICS
 
 LAYOUTS = ("mapped", "native")
 STEPS: dict[str, Registry] = {
+    "protect": PROTECTION,
     "saliency": SALIENCY,
     "allocation": ALLOCATION,
     "similarity": SIMILARITY,
@@ -29,12 +33,23 @@ STEPS: dict[str, Registry] = {
     "alignment": ALIGNMENT,
     "merging": MERGING,
     "importance": SALIENCY,
+    "constants": CONSTANTS,
     "selection": SELECTION,
     "refit": REFIT,
     "matching": MATCHING,
     "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "matching", "decomposition")
+OPTIONAL_STEPS = (
+    "protect",
+    "similarity",
+    "alignment",
+    "merging",
+    "constants",
+    "selection",
+    "refit",
+    "matching",
+    "decomposition",
+)
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
 
@@ -55,6 +70,7 @@ class Recipe:
             share of their neurons, in all experts together.
         num_experts: The same as an average number per layer; exclusive with `keep`.
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
+        protect: Which experts are never dropped and never merged, whatever their saliency; None protects none.
         saliency: Score that decides which experts lead.
         allocation: How many experts each layer keeps; None takes "global_usage" for the mapped layout
             and "uniform" for the native one, where all layers must have the same number, and with `selection`.
@@ -63,6 +79,8 @@ class Recipe:
         alignment: Neuron order before merging; None leaves neurons as they are.
         merging: How the members of a group become one matrix; None keeps the dominant expert (pruning).
         importance: Score that weighs the members in the merge.
+        constants: The vector that the slot of a dropped expert adds, times its gate, in the mapped layout; None adds
+            nothing.
         selection: Saliency of single neurons, of which the least salient go; None keeps experts whole. In the
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
@@ -91,6 +109,7 @@ class Recipe:
     keep: float | None = None
     num_experts: int | None = None
     layout: str = "mapped"
+    protect: str | None = None
     saliency: str = "usage_frequency"
     allocation: str | None = None
     similarity: str | None = "router_logits"
@@ -98,6 +117,7 @@ class Recipe:
     alignment: str | None = "weight_matching"
     merging: str | None = "weighted_average"
     importance: str = "usage_frequency"
+    protect_options: dict[str, Any] = field(default_factory=dict)
     saliency_options: dict[str, Any] = field(default_factory=dict)
     allocation_options: dict[str, Any] = field(default_factory=dict)
     similarity_options: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +125,8 @@ class Recipe:
     alignment_options: dict[str, Any] = field(default_factory=dict)
     merging_options: dict[str, Any] = field(default_factory=dict)
     importance_options: dict[str, Any] = field(default_factory=dict)
+    constants: str | None = None
+    constants_options: dict[str, Any] = field(default_factory=dict)
     selection: str | None = None
     selection_options: dict[str, Any] = field(default_factory=dict)
     keep_experts: float | None = None
@@ -194,6 +216,12 @@ class Recipe:
                 f"allocation is {self.allocation!r}, but layout 'native' needs the same number of experts in all "
                 "layers. Use allocation='uniform' or layout='mapped'."
             )
+        asked = GROUPING.asks_for(self.grouping)
+        if self.protect is not None and "tokens" in asked and "protected" not in asked:
+            raise ValueError(
+                f"protect is {self.protect!r}, but grouping {self.grouping!r} judges all experts of a layer together. "
+                "Use protect=None or another grouping."
+            )
         if self.keep_experts is not None and self.allocation != "uniform":
             raise ValueError(
                 f"allocation is {self.allocation!r}, but with keep_experts all layers keep the same number of "
@@ -213,6 +241,18 @@ class Recipe:
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
             )
+        if self.constants is not None and (
+            self.layout != "mapped" or not GROUPING.trait(self.grouping, "drops", False)
+        ):
+            raise ValueError(
+                f"constants is {self.constants!r}, but layout {self.layout!r} with grouping {self.grouping!r} has no "
+                "slots of dropped experts. Use layout='mapped' and grouping='drop', or constants=None."
+            )
+        if self.constants is not None and self.matching_options.get("router"):
+            raise ValueError(
+                f"constants is {self.constants!r} and matching trains the router, which changes the gates of dropped "
+                "slots too. Leave one of them out."
+            )
         if self.decomposition is not None and self.layout == "native":
             raise ValueError("decomposition needs layout 'mapped', got 'native'. No plain model can hold factors.")
         if self.decomposition is not None and self.selection is not None:
@@ -226,6 +266,10 @@ class Recipe:
         """Union of the fields of `LayerStatistics` that the steps read."""
         used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
         return frozenset().union(*(registry.needs(name) for registry, name in used)) - NOT_STATISTICS
+
+    def statistics_with(self, trait: str) -> list[str]:
+        """The statistics that the steps read and that have a trait."""
+        return sorted(name for name in self.statistics_needed() if STATISTICS.trait(name, trait, False))
 
     def experts_per_layer(self, num_experts: int) -> int:
         """Average number of experts that a layer of `num_experts` keeps.
@@ -258,9 +302,15 @@ class Recipe:
         return not (self.selection is None and self.refit is None and self.matching is None)
 
     @property
+    def is_fitted_on_tokens(self) -> bool:
+        """Whether that needs kept calibration tokens; a selection may need statistics only."""
+        selects = self.selection is not None and "grams" in SELECTION.asks_for(self.selection)
+        return selects or self.refit is not None or self.matching is not None
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether layers are run again on what they were given in calibration."""
-        if self.is_fitted or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)):
+        if self.is_fitted_on_tokens or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)):
             return True
         used = [(registry, getattr(self, step)) for step, registry in STEPS.items()]
         return any("tokens" in registry.asks_for(name) for registry, name in used if name is not None)

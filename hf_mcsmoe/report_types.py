@@ -32,6 +32,7 @@ class LayerReport:
     width_before: int | None = None  # neurons of each original expert; None: an older report
     rank: int | None = None  # of the low-rank factors of each matrix; None: dense experts
     sparse_rows: int | None = None  # rows of the sparse parts beside them, of all matrices and experts together
+    protected_experts: list[int] = field(default_factory=list)  # of the N: neither dropped nor merged
 
 
 def factor_sizes(layout: Mapping[str, Any]) -> dict[str, int | None]:

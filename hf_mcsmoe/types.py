@@ -151,7 +151,9 @@ class LayerStatistics:
 
     num_tokens: int
     selection_count: Tensor  # (N,) int64: tokens that the router sent to each slot with a non-zero weight
-    sums: Mapping[str, Tensor] = field(default_factory=dict)  # float64, by the name of the statistic
+    sums: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # by the name of the statistic; float64 or its `precision`
 
     def __getitem__(self, name: str) -> Tensor:
         """The statistic `name` of the registry `STATISTICS`.

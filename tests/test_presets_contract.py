@@ -37,7 +37,7 @@ MODELS = {
 NOT_EXACT_AT_ALL = {"mc-smoe": "it decomposes what it keeps"}
 UNALIGNED = "it averages neurons where they stand, as published"
 NOT_FREE_OF_NEURON_ORDER = {"hc-smoe": UNALIGNED, "merge-moe": UNALIGNED, "sub-moe": UNALIGNED}
-NOT_FREE_OF_LABELS = {"sub-moe": "K-means draws its starts by place"}
+NOT_FREE_OF_LABELS = {"sub-moe": "K-means draws its starts by place", "random": "it draws a number for each label"}
 # Options under which a preset fits these models and does not take long.
 SMALLER = {name: {"matching_options": {"steps": 8}} for name in METHODS if name.endswith("-matched")}
 SMALLER["mc-smoe"] = {"decomposition_options": {"rank": 8, "keep_rows": 0.1}}
@@ -49,9 +49,13 @@ def changes_of(method):
 
 
 def solves(name):
-    """Whether a preset solves systems with what layers were given, where a bfloat16 model gives them other numbers."""
+    """Whether a preset solves systems with what layers were given, or ranks neurons, or reads gradients.
+
+    A bfloat16 model gives layers other numbers.
+    """
     recipe = recipe_from_preset(**changes_of(name))
-    return recipe.needs_inputs or recipe.decomposition is not None
+    reads_numbers = recipe.selection is not None or bool(recipe.statistics_with("gradients"))
+    return recipe.needs_inputs or recipe.decomposition is not None or reads_numbers
 
 
 def choices(model):

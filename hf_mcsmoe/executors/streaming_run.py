@@ -124,12 +124,15 @@ class StreamingRun:
             self._record("statistics", index, {"hidden": self.hidden_states.record, "outputs": self.stack.num_outputs})
             self._forget(index)
 
-    def compress(self, description: str, num_experts: dict[str, int], *, with_forward: bool) -> None:
+    def compress(
+        self, description: str, num_experts: dict[str, int], protected: dict[str, Tensor], *, with_forward: bool
+    ) -> None:
         """Compress and write all layers.
 
         Args:
             description: For the progress bar.
             num_experts: M of each layer, by its name.
+            protected: Experts that stay as they are, (N,) bool, by the name of the layers that have some.
             with_forward: Statistics come from a forward now; else from `collect`.
         """
         done = self.journal.done("layer")
@@ -145,8 +148,8 @@ class StreamingRun:
             start = time.perf_counter()
             reports, layouts, recorded = [], {}, {}
             for layer in self.layers_of[index]:
-                of_layer, kept = collected.pop(layer.name), num_experts[layer.name]
-                report, layouts[layer.name], found = compress_layer(layer, self.recipe, of_layer, kept)
+                of_layer, how = collected.pop(layer.name), (num_experts[layer.name], protected.get(layer.name))
+                report, layouts[layer.name], found = compress_layer(layer, self.recipe, of_layer, *how)
                 reports.append(asdict(report))
                 recorded |= found
             save_file(recorded, self._record_file(index))
