@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .modeling.client_keys import add_client_keys
 from .modeling.offload import offloaded_state_dict
 from .publishing import write_card, write_pages, write_report
 from .types import CompressionReport
@@ -56,6 +57,7 @@ def save_checkpoint(
     check_output_folder(folder, overwrite)
     with replacing(folder) as complete:
         model.save_pretrained(complete, state_dict=offloaded_state_dict(model))
+        add_client_keys(complete, model.config, report.base_model)
         if tokenizer is not None:
             tokenizer.save_pretrained(complete)
         write_report(report, complete)

@@ -56,7 +56,7 @@ def merge_layer(
         old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         weights = layer.family.view(layer, old)
         supply = {"statistics": lambda: statistics, "tokens": original, "weights": lambda: weights}
-        supply["layout"] = lambda: recipe.layout
+        supply |= {"seed": lambda: recipe.seed, "layout": lambda: recipe.layout}
         groups, similarity = group_experts(layer, recipe, statistics, weights, num_experts, supply, protected)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
@@ -118,6 +118,13 @@ def merge_groups(
         how = {"options": recipe.alignment_options, "supply": supply}
         order = ALIGNMENT.call(recipe.alignment, weights, groups, **how)
     targets = into.tensors()
+    if recipe.merging is not None and MERGING.trait(recipe.merging, "takes") == "layer":
+        supply = {**supply, "order": lambda: order}
+        how = {"options": recipe.merging_options, "supply": supply}
+        merged = MERGING.call(recipe.merging, weights, groups, importance, **how)
+        for name, tensor in merged.tensors().items():
+            targets[name].copy_(tensor)
+        return
     for group in range(groups.num_groups):
         members = groups.members(group)
         if recipe.merging is None or members.numel() == 1:

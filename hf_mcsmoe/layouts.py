@@ -10,6 +10,7 @@ from .allocation import ALLOCATION
 from .families import reason_against, tied_layers
 from .families.base import MoeFamily
 from .families.residual import check_residual
+from .grouping import GROUPING
 from .modeling.forms import check_forms
 from .modeling.native_config import check_native
 from .modeling.native_width import NativeFields, native_fields
@@ -130,12 +131,20 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     for layer, budget in zip(kept, budgets, strict=True):
         _check_budget(layer, budget, recipe)
     if recipe.layout == "native":
-        check_native(kept, budgets, recipe)
+        check_native(kept, budgets, drops_experts=GROUPING.trait(recipe.grouping, "drops", False))
         if model is not None:
             native_target(model, recipe, kept, excluded)
-    # The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give.
-    equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in kept]
-    ALLOCATION[recipe.allocation](equal, budgets, **recipe.allocation_options)
+    _check_allocation([layer.num_slots for layer in kept], budgets, recipe)
+
+
+def _check_allocation(sizes: list[int], budgets: list[int], recipe: Recipe) -> None:
+    """The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give."""
+    name, check = recipe.allocation, ALLOCATION.trait(recipe.allocation, "check_budget")
+    if check is not None:
+        check(sizes, budgets, {**ALLOCATION.options(name), **recipe.allocation_options})
+        return
+    equal = [torch.full((size,), 1 / size) for size in sizes]
+    ALLOCATION[name](equal, budgets, **recipe.allocation_options)
 
 
 def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
@@ -185,6 +194,9 @@ def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
         raise ValueError(
             f"num_experts is {budget}, but {layer.name!r} has {layer.num_slots} experts. Ask for 1..{layer.num_slots}."
         )
+    check_sizes = GROUPING.trait(recipe.grouping, "check_sizes")
+    if check_sizes is not None and recipe.allocation == "uniform":  # others decide after calibration
+        check_sizes(layer.num_slots, budget, {**GROUPING.options(recipe.grouping), **recipe.grouping_options})
     if recipe.decomposition is not None:
         try:
             expert_size(layer, recipe)

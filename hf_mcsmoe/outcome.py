@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +30,8 @@ def conclude(
     native: NativeFields | None,
     before: tuple[int, int],
     after: tuple[int, int] | None = None,
+    active_before: int,
+    used_again: Sequence[str] = (),
     start: float,
     warnings: list[str],
     statistics: dict[str, Tensor] | None = None,
@@ -45,6 +48,8 @@ def conclude(
         native: What a configuration says of experts; None in the mapped layout.
         before: What `count` gave for the original model.
         after: What it gives for the result; None: it is counted.
+        active_before: Active parameters of the original model, see `sizes.measure`.
+        used_again: The layers whose experts are those of another layer too, once for each such layer.
         start: `time.perf_counter()` when the work began.
         warnings: For the report.
         statistics: For the report: those of all layers, see `layer_record`.
@@ -72,9 +77,33 @@ def conclude(
         seconds=time.perf_counter() - start,
         versions=versions,
         warnings=warnings,
+        active_parameters_before=active_before,
+        active_parameters_after=active_before + active_change(layers, reports, after[0] - before[0], used_again),
         peak_memory=peak_memory(),
         statistics=statistics or {},
     )
+
+
+def active_change(
+    layers: list[MoeLayer], reports: list[LayerReport], total_change: int, used_again: Sequence[str] = ()
+) -> int:
+    """How many more parameters one token uses in the result than in the original; at most, see `sizes.measure`.
+
+    Args:
+        layers: The compressed layers.
+        reports: What became of them.
+        total_change: How many more parameters the whole result has. What of that is not in experts, rows of native
+            routers, every token uses.
+        used_again: See `conclude`.
+    """
+    change = total_change
+    for layer, report in zip(layers, reports, strict=True):
+        num_before, num_after = report.num_experts_before, report.num_experts_after
+        used_before = min(layer.top_k, num_before) * report.parameters_before // num_before
+        used_after = min(layer.top_k, num_after) * report.parameters_after // num_after
+        change += (1 + used_again.count(report.layer)) * (used_after - used_before)
+        change -= report.parameters_after - report.parameters_before
+    return change
 
 
 def adopt_mapped(

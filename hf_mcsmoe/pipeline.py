@@ -22,6 +22,7 @@ from .protected_experts import check_room, protected_experts, with_protected
 from .recipe import Recipe
 from .saliency import SALIENCY
 from .saved_statistics import SavedStatistics
+from .sizes import measure
 from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
 from .wanted import wanted_by
 
@@ -51,7 +52,7 @@ def compress_in_memory(
     layers, excluded = resolve_layers(found, recipe)
     first_of_tied = tied_layers(found)
     tied = {layer: first for layer in found if (first := first_of_tied.get(layer.name)) in layers}
-    before = count(model)
+    before, active = count(model), measure(model, found).active_parameters
     check_finite(layers)
     wanted = wanted_by(recipe)
     if isinstance(data, SavedStatistics):
@@ -83,7 +84,8 @@ def compress_in_memory(
         model.tie_weights()
     layouts = {layer.name: layouts[layer.name] for layer in found if layer.name in layouts}
     in_order = [reports[layer.name] for layer in layers]
-    how = {"native": native, "before": before, "start": start, "warnings": warnings, "statistics": statistics_kept}
+    how = {"native": native, "before": before, "active_before": active, "start": start, "warnings": warnings}
+    how |= {"used_again": [first.name for first in tied.values()], "statistics": statistics_kept}
     conclude(model, recipe, data, layers, in_order, layouts, **how)
     return model.compression_report
 
@@ -96,8 +98,9 @@ def allocate(
         with_protected(saliency_of(layer, recipe, statistics[layer.name]), protected.get(layer.name))
         for layer in layers
     ]
-    rule = ALLOCATION[recipe.allocation]
-    return rule(saliency_of_layer, budget_of_layer(layers, recipe), **recipe.allocation_options)
+    supply = {"statistics_of_layer": lambda: [statistics[layer.name] for layer in layers], "seed": lambda: recipe.seed}
+    how = {"options": recipe.allocation_options, "supply": supply}
+    return ALLOCATION.call(recipe.allocation, saliency_of_layer, budget_of_layer(layers, recipe), **how)
 
 
 def saliency_of(layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics) -> Tensor:

@@ -233,9 +233,9 @@ class Recipe:
                 f"exclude_layers is {list(self.exclude_layers)}, but layout 'native' needs the same number of experts "
                 "in all layers. Use layout='mapped'."
             )
-        if self.grouping == "dominant_experts" and self.similarity is None:
+        if GROUPING.trait(self.grouping, "reads_similarity", False) and self.similarity is None:
             raise ValueError(
-                "grouping 'dominant_experts' needs a similarity, got None. Use similarity='router_logits'."
+                f"grouping {self.grouping!r} needs a similarity, got None. Use similarity='router_logits'."
             )
         if self.collapse_duplicates not in (True, False, "auto"):
             raise ValueError(

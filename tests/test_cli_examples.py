@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from hf_mcsmoe import compress_moe
 from hf_mcsmoe.cli import app
+from hf_mcsmoe.recipe_reading import recipe_from_preset
 
 ORIGINALS = ("Qwen/Qwen3-30B-A3B", "allenai/OLMoE-1B-7B-0924")
 COMPRESSED = ("qwen3-half", "out")
@@ -56,7 +57,8 @@ def world(tmp_path_factory):
     for name in COMPRESSED:
         model = folder / ORIGINALS[0]
         texts = [row["text"] for row in map(json.loads, (folder / TEXTS[0]).read_text().splitlines())]
-        compress_moe(model, "m-smoe", calibration=texts, sequence_length=20, output_dir=folder / name, progress=False)
+        recipe = recipe_from_preset("m-smoe", allocation="uniform")  # as an export needs it
+        compress_moe(model, recipe, calibration=texts, sequence_length=20, output_dir=folder / name, progress=False)
     return folder
 
 

@@ -97,10 +97,9 @@ result = [str(card), metadata_load(hf_hub_download("alice/half", "README.md"))]
     errors = [layer["relative_error"] for layer in report["layers"]]
     assert f"{max(errors):.4g}" in text and f"{min(errors):.4g}" in text
     score = report["evaluation"]["overall"]
-    row = (
-        f"| {score['perplexity']:.4g} | {score['loss']:.4f} ± {score['loss_standard_error']:.4f} | {score['kl']:.4f} |"
-    )
-    assert row in text and f"| {score['top1_agreement']:.1%} |" in text
+    increase, kl = score["loss_increase"], score["kl"]
+    assert f"| {score['perplexity']:#.4g} [" in text and f"| {increase:+.4f} [" in text and f"| {kl:.4f} [" in text
+    assert f"| {score['top1_agreement']:.1%} [" in text
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
     assert recipe == yaml.safe_load(pushed["recipe.yaml"])
 

@@ -35,8 +35,9 @@ MODELS = {
 }
 # Why a preset does not have an identity. A new preset has all of them unless it says here why not.
 NOT_EXACT_AT_ALL = {"mc-smoe": "it decomposes what it keeps"}
-NOT_FREE_OF_NEURON_ORDER: dict[str, str] = {}
-NOT_FREE_OF_LABELS: dict[str, str] = {"random": "it draws a number for each label"}
+UNALIGNED = "it averages neurons where they stand, as published"
+NOT_FREE_OF_NEURON_ORDER = {"hc-smoe": UNALIGNED, "merge-moe": UNALIGNED, "sub-moe": UNALIGNED}
+NOT_FREE_OF_LABELS = {"sub-moe": "K-means draws its starts by place", "random": "it draws a number for each label"}
 # Options under which a preset fits these models and does not take long.
 SMALLER = {name: {"matching_options": {"steps": 8}} for name in METHODS if name.endswith("-matched")}
 SMALLER["mc-smoe"] = {"decomposition_options": {"rank": 8, "keep_rows": 0.1}}

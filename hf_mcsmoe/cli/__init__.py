@@ -14,6 +14,7 @@ from .compare import compare_command
 from .compress import compress_command
 from .demo import demo_command
 from .evaluate import evaluate_command
+from .export import export_command
 from .families import families_command
 from .inspect import inspect_command
 from .methods import methods_command
@@ -82,6 +83,7 @@ app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
 app.command("compare")(compare_command)
 app.command("evaluate")(evaluate_command)
+app.command("export")(export_command)
 app.command("report")(report_command)
 app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..modeling.client_keys import add_client_keys
 from ..publishing import write_card, write_pages, write_report
 from ..types import CompressionReport
 from .skeleton import quiet
@@ -82,6 +83,7 @@ class OutputShards:
             if file.suffix != ".safetensors" and file.name != SAFE_WEIGHTS_INDEX_NAME:
                 file.replace(self.folder / file.name)
         shutil.rmtree(described)
+        add_client_keys(self.folder, model.config, model.config.name_or_path)
         weight_map = {name: record["file"] for record in records for name in record["tensors"]}
         metadata = {"total_parameters": num_parameters, "total_size": sum(record["size"] for record in records)}
         index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)

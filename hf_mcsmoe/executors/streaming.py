@@ -29,6 +29,7 @@ from ..protection import PROTECTION
 from ..publishing.report import read_report
 from ..publishing.statistics_file import read_statistics
 from ..recipe import Recipe
+from ..sizes import measure
 from ..types import CompressionReport, LayerStatistics
 from .decoder_stack import DecoderStack
 from .journal import JOURNAL_FILE, Journal
@@ -98,7 +99,7 @@ def compress_by_streaming(
     layers, excluded = resolve_layers(find_layers(model), recipe)
     DecoderStack(model, layers)  # refuses before a file is written
     target_of = targets(model, shards)
-    before = count(model)
+    before, active = count(model), measure(model, find_layers(model)).active_parameters
     working = working_folder(output)
     journal = Journal(working, fingerprint(model, shards, recipe, data, device))
     if journal.done("published") and not (working / "model").exists():
@@ -110,24 +111,14 @@ def compress_by_streaming(
     summary = StreamingSummary(1 if one_pass else 2, str(device), 0)
     try:
         with finished_layers_stay(working):
-            run = StreamingRun(
-                model,
-                shards,
-                target_of,
-                layers,
-                recipe,
-                data,
-                journal,
-                device=device,
-                hidden_states_bytes=hidden_states_bytes,
-                progress=progress,
-                summary=summary,
-            )
+            how = {"hidden_states_bytes": hidden_states_bytes, "progress": progress, "summary": summary}
+            run = StreamingRun(model, shards, target_of, layers, recipe, data, journal, device=device, **how)
             summary.num_decoder_layers = len(run.stack)
             stream(run, one_pass)
             reports, layouts, recorded = run.results()
             totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
-            conclude(model, recipe, data, layers, reports, layouts, native=native, statistics=recorded, **totals)
+            totals |= {"active_before": active, "statistics": recorded}
+            conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
             journal.append({"step": "published", "layer": 0})
             shutil.rmtree(working / "replaced", ignore_errors=True)
@@ -165,30 +156,34 @@ def stream(run: StreamingRun, one_pass: bool) -> None:
     """All visits of all layers."""
     layers = [layer for found in run.layers_of.values() for layer in found]
     budget = budget_of_layer(layers, run.recipe)
+    statistics_of_layer: list[LayerStatistics] = []
     run.read_before_stack()
     if one_pass:
         equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in layers]
         saliency_of_layer, protected, description = equal, {}, "pass 1 of 1: statistics, merging"
     else:
         run.collect("pass 1 of 2: statistics")
-        saliency_of_layer, protected = judge(run)
+        saliency_of_layer, statistics_of_layer, protected = judge(run)
         description = "pass 2 of 2: merging"
-    rule = ALLOCATION[run.recipe.allocation]
-    allotted = rule(saliency_of_layer, budget, **run.recipe.allocation_options)
+    supply = {"statistics_of_layer": lambda: statistics_of_layer, "seed": lambda: run.recipe.seed}
+    how = {"options": run.recipe.allocation_options, "supply": supply}
+    allotted = ALLOCATION.call(run.recipe.allocation, saliency_of_layer, budget, **how)
     num_experts = dict(zip([layer.name for layer in layers], allotted, strict=True))
     check_room(run.recipe, num_experts, protected)
     run.compress(description, num_experts, protected, with_forward=one_pass or run.recipe.needs_inputs)
     run.write_rest()
 
 
-def judge(run: StreamingRun) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """(saliency of each layer, protected experts by layer) from the statistics of all layers.
+def judge(run: StreamingRun) -> tuple[list[Tensor], list[LayerStatistics], dict[str, Tensor]]:
+    """(saliency and statistics of each layer, protected experts by layer), from the statistics of all layers.
 
-    Memory: what protection reads of them; the rest is read one layer at a time.
+    Memory: what budgets and protection read of them; the rest is read one layer at a time.
     """
     saliency_of_layer: dict[str, Tensor] = {}
     statistics: dict[str, LayerStatistics] = {}
-    names = PROTECTION.needs(run.recipe.protect) if run.recipe.protect is not None else ()
+    names = set(ALLOCATION.needs(run.recipe.allocation))
+    if run.recipe.protect is not None:
+        names |= PROTECTION.needs(run.recipe.protect)
     for index, found in run.layers_of.items():
         if not found:
             continue
@@ -198,7 +193,8 @@ def judge(run: StreamingRun) -> tuple[list[Tensor], dict[str, Tensor]]:
             sums = {name: one.statistics.sums[name] for name in names if name in one.statistics.sums}
             statistics[layer] = LayerStatistics(one.statistics.num_tokens, one.statistics.selection_count, sums)
     protected = protected_experts(run.recipe, statistics)
-    return [with_protected(one, protected.get(layer)) for layer, one in saliency_of_layer.items()], protected
+    saliency = [with_protected(one, protected.get(layer)) for layer, one in saliency_of_layer.items()]
+    return saliency, list(statistics.values()), protected
 
 
 def working_folder(output: Path) -> Path:

@@ -5,7 +5,7 @@ from .hub import push_checkpoint, push_to_hub
 from .page import PAGE_FILE, write_pages
 from .report import RECIPE_FILE, REPORT_FILE, read_report, recipe_yaml, write_report
 from .statistics_file import STATISTICS_FILE, read_statistics, write_statistics
-from .trainer_card import CompressedModelCard
+from .trainer_card import CompressedModelCard, keep_model_card
 
 __all__ = [
     "CARD_FILE",
@@ -14,6 +14,7 @@ __all__ = [
     "REPORT_FILE",
     "STATISTICS_FILE",
     "CompressedModelCard",
+    "keep_model_card",
     "model_card",
     "push_checkpoint",
     "push_to_hub",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from transformers.models.auto import modeling_auto
 
 from ..evaluation import Evaluation
@@ -66,7 +66,8 @@ def model_card(
     licence = {"license": base_license} if isinstance(base_license, str) else dict(base_license or {})
     auto_class, pipeline_tag = _task(report["base_architecture"])
     parent = {"base_model": base_id, "base_model_relation": base_model_relation} if base_id else {}
-    metadata = _metadata(recipe, pipeline_tag=pipeline_tag, **parent, **licence)
+    is_native = recipe.layout == "native" or bool(report.get("export"))
+    metadata = _metadata(recipe, is_native, pipeline_tag=pipeline_tag, **parent, **licence)
     model_id = repo_name or "path/to/this/model"
     name = repo_name or f"{base_id or Path(report['base_model'] or 'model').name} compressed"
     return ModelCard.from_template(
@@ -75,10 +76,11 @@ def model_card(
         title=name.split("/")[-1],
         licence=card_text.licence(licence, base),
         recipe=recipe_yaml(report).strip(),
-        is_native=recipe.layout == "native",
+        is_native=is_native,
         architecture=report["base_architecture"],
         auto_class=auto_class,
         model_id=model_id,
+        base_id=base_id or "path/to/the/base/model",
         tokenizer_id=model_id if has_tokenizer or base_id is None else base_id,
         plots=card_plots(plots),
         **card_text.sections(report, recipe, scores, base),
@@ -90,7 +92,7 @@ def write_card(folder: str | Path, **options: Any) -> Path:
 
     Args:
         folder: Holds `compression_report.json`; a tokenizer in it is noticed.
-        options: Of `model_card`. Without `base_license` the card of a base model in a local folder is asked.
+        options: Of `model_card`. Without `base_license` the base model's card is asked, see `local_licence`.
 
     Returns:
         The path of the card.
@@ -112,8 +114,18 @@ def write_card(folder: str | Path, **options: Any) -> Path:
 
 
 def local_licence(base_model: str | None) -> dict[str, str] | None:
-    """What the card in a local folder declares as licence; None if it is no folder or declares nothing."""
+    """What the card of a base model declares as licence, as far as this machine knows it.
+
+    Args:
+        base_model: A folder, or a Hub id whose card is in the cache; no network is used.
+
+    Returns:
+        None if there is no card here, or it declares nothing.
+    """
     path = Path(base_model or "") / CARD_FILE
+    if hub_id(base_model):
+        cached = try_to_load_from_cache(base_model, CARD_FILE)
+        path = Path(cached) if isinstance(cached, str) else path
     if not base_model or not path.is_file():
         return None
     try:
@@ -132,10 +144,10 @@ def _task(architecture: str) -> tuple[str, str | None]:
     return "AutoModel", None
 
 
-def _metadata(recipe: Recipe, **others: Any) -> ModelCardData:
+def _metadata(recipe: Recipe, is_native: bool, **others: Any) -> ModelCardData:
     kind = "expert-pruning" if recipe.merging is None else "expert-merging"
     return ModelCardData(
-        library_name="transformers" if recipe.layout == "native" else "hf_mcsmoe",
+        library_name="transformers" if is_native else "hf_mcsmoe",
         tags=["moe", "mixture-of-experts", "model-compression", kind, *([recipe.preset] if recipe.preset else [])],
         **others,
     )

@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from ..evaluation import Evaluation
 from ..local_paths import hub_id
+from ..modeling.client_keys import add_client_keys
 from ..modeling.offload import offloaded_state_dict
 from .card import write_card
 from .checkpoint_files import checkpoint_files
@@ -152,6 +153,7 @@ def push_to_hub(
     tags = [*([tags] if isinstance(tags, str) else tags or []), *(model.model_tags or [])]
     with tempfile.TemporaryDirectory() as temporary:
         model.save_pretrained(temporary, state_dict=offloaded_state_dict(model), max_shard_size=max_shard_size)
+        add_client_keys(Path(temporary), model.config, values["base_model"])
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_report(values, temporary, evaluation)
