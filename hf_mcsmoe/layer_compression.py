@@ -22,6 +22,7 @@ from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
 from .modeling.experts import install_mapped, install_native, replace_experts
 from .modeling.install_forms import install_low_rank_sparse, install_ragged
 from .recipe import Recipe
+from .router_treatment import cut_router
 from .routing import ROUTING
 from .sizes import expert_size, neuron_size
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
@@ -60,13 +61,16 @@ def compress_layer(
         "has_dropped": bool((merged.groups.group_of_expert < 0).any()),
         "collapse_duplicates": worth_collapsing(recipe, share),
     }
-    tokens = tokens_of_layer(layer, collected, merged, original()) if reads_tokens(recipe) else None
+    of_original = original() if reads_tokens(recipe) else None  # before the router and the experts become others
+    is_cut = is_router_cut(layer, merged) and (reads_tokens(recipe) or recipe.router is not None)
+    rows = cut_router(layer, recipe, merged, collected, before) if is_cut else None
+    tokens = tokens_of_layer(layer, collected, merged, of_original) if of_original is not None else None
     fitted = None
     if recipe.is_fitted and not is_unchanged(layer, recipe, merged):
         fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
         if recipe.matching is not None:
             fitted = match_layer(layer, recipe, collected, tokens, fitted)
-    install(layer, recipe, merged, tokens, fitted, layout)
+    install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
     reroute = merged.routing.rows is not None or trains_router(layer, recipe)
     after = routed_output(layer, collected.held_out, reroute=reroute)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
@@ -90,6 +94,8 @@ def compress_layer(
         widths=widths,
         refit_error_before=fitted.error_before_refit if fitted is not None else None,
         refit_error_after=fitted.error_after_refit if fitted is not None else None,
+        router_error_before=rows.dominant_rows if rows is not None else None,
+        router_error_after=rows.rule if rows is not None else None,
     )
     return report, layout
 
@@ -97,12 +103,11 @@ def compress_layer(
 def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens) -> LayerTokens:
     """The kept tokens under the gates that the result will apply, with what the original experts give for them.
 
-    In the native layout with fewer experts the merged ones are installed for that: the router must be cut.
+    In the native layout with fewer experts the router must have been cut.
     """
     num_experts, group_of_expert = merged.groups.num_groups, merged.groups.group_of_expert
     reroute = is_router_cut(layer, merged)
     if reroute:
-        install_native(layer, merged.parameters, merged.routing.rows, group_of_expert)
         assignment = torch.eye(num_experts)
     else:
         assignment = torch.zeros(layer.num_slots, num_experts)
@@ -173,8 +178,13 @@ def install(
     tokens: LayerTokens | None,
     fitted: FittedExperts | None,
     layout: dict[str, Any],
+    *,
+    is_cut: bool,
 ) -> None:
-    """Put the result into the model; `layout` gets what the form of the experts adds to it."""
+    """Put the result into the model; `layout` gets what the form of the experts adds to it.
+
+    `is_cut` tells that the router has M rows already, and that the module holds M experts.
+    """
     routing, parameters = merged.routing, merged.parameters
     if fitted is not None and routing.slot_map is not None and not is_full(layer, fitted.experts):
         install_ragged(layer, fitted.experts, routing.slot_map, layout)
@@ -188,8 +198,8 @@ def install(
         decompose(layer, recipe, layer.family.view(layer, parameters), tokens, routing.slot_map, layout)
     elif routing.slot_map is not None:
         install_mapped(layer, parameters, routing.slot_map, layout)
-    elif tokens is not None and is_router_cut(layer, merged):
-        replace_experts(layer, parameters)  # the router was cut for the tokens
+    elif is_cut:
+        replace_experts(layer, parameters)
     else:
         install_native(layer, parameters, routing.rows, merged.groups.group_of_expert)
 

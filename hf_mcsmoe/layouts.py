@@ -13,6 +13,7 @@ from .modeling.native_config import check_native
 from .modeling.native_width import NativeFields, native_fields
 from .recipe import Recipe
 from .registry import closest
+from .router_access import check_router
 from .sizes import expert_size
 from .types import MoeLayer
 
@@ -113,10 +114,10 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     tensors = [id(p) for layer in layers if layer.name not in tied for p in layer.expert_parameters.values()]
     if len(set(tensors)) < len(tensors):
         raise ValueError(f"{named} ties some matrices of experts, not all. Such a model is not supported.")
-    if tied and (recipe.selection is not None or recipe.decomposition is not None):
+    if tied and any(step is not None for step in (recipe.selection, recipe.decomposition, recipe.router)):
         raise ValueError(
-            f"{named} has layers that share their experts; selection and decomposition cannot treat them. "
-            "Use a recipe without these steps."
+            f"{named} has layers that share their experts; selection, decomposition and router rules cannot treat "
+            "them. Use a recipe without these steps."
         )
     kept, excluded = resolve_layers(layers, recipe)
     for layer in kept:
@@ -128,6 +129,8 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
         check_native(kept, budgets, recipe)
         if model is not None:
             native_target(model, recipe, kept, excluded)
+        if recipe.router is not None:
+            _check_routers(kept, recipe.router)
     # The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give.
     equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in kept]
     ALLOCATION[recipe.allocation](equal, budgets, **recipe.allocation_options)
@@ -147,6 +150,16 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
             f"selection and refit need experts whose output is linear in their last matrix; those of {layer.name!r} "
             "are normalised. Use a recipe without them."
         )
+
+
+def _check_routers(layers: Sequence[MoeLayer], rule: str) -> None:
+    """One probe for each kind of router that the layers have."""
+    kinds = {}
+    for layer in layers:
+        shapes = tuple((name, tuple(t.shape)) for name, t in layer.router.state_dict().items())
+        kinds.setdefault((type(layer.router), layer.num_slots, shapes), layer)
+    for layer in kinds.values():
+        check_router(layer, rule)
 
 
 def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:

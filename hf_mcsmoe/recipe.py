@@ -16,6 +16,7 @@ from .merging import MERGING
 from .presets import PRESETS
 from .refit import REFIT
 from .registry import Registry, closest
+from .router_rows import ROUTER_ROWS
 from .saliency import SALIENCY
 from .selection import SELECTION
 from .similarity import SIMILARITY
@@ -30,11 +31,12 @@ STEPS: dict[str, Registry] = {
     "merging": MERGING,
     "importance": SALIENCY,
     "selection": SELECTION,
+    "router": ROUTER_ROWS,
     "refit": REFIT,
     "matching": MATCHING,
     "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "refit", "matching", "decomposition")
+OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "router", "refit", "matching", "decomposition")
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
 
@@ -67,6 +69,8 @@ class Recipe:
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
             keeps all experts.
+        router: What the rows of a router that is cut become, in the native layout; None, or a rule that does not lower
+            a layer's error on held-out tokens, keeps the rows of the dominant experts.
         refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
         matching: How each layer alone is trained to give what the original one gave, after the refit; None does not.
         sequential: Statistics and tokens of each layer come from the compressed layers before it, not from the
@@ -108,6 +112,8 @@ class Recipe:
     selection: str | None = None
     selection_options: dict[str, Any] = field(default_factory=dict)
     keep_experts: float | None = None
+    router: str | None = None
+    router_options: dict[str, Any] = field(default_factory=dict)
     refit: str | None = None
     refit_options: dict[str, Any] = field(default_factory=dict)
     matching: str | None = None
@@ -187,6 +193,9 @@ class Recipe:
                     )
                 continue
             registry.check_options(name, options)
+            check = registry.trait(name, "check")
+            if check is not None:
+                check({**registry.options(name), **options})
 
     def _check_combinations(self) -> None:
         if self.layout == "native" and self.allocation != "uniform":
@@ -208,6 +217,11 @@ class Recipe:
         if self.grouping == "dominant_experts" and self.similarity is None:
             raise ValueError(
                 "grouping 'dominant_experts' needs a similarity, got None. Use similarity='router_logits'."
+            )
+        if self.router is not None and self.layout == "mapped":
+            raise ValueError(
+                f"router is {self.router!r}, but in layout 'mapped' the router keeps all its rows. "
+                "Use layout='native', or leave router out."
             )
         if self.collapse_duplicates not in (True, False, "auto"):
             raise ValueError(

@@ -241,6 +241,8 @@ class LayerReport:
     widths: list[int]  # neurons of each of the M experts
     refit_error_before: float | None = None  # relative_error without the refit, the refit's own view; None: no refit
     refit_error_after: float | None = None  # with it; it was dropped where this is not less
+    router_error_before: float | None = None  # relative_error with the rows of the dominants; None: no router rule
+    router_error_after: float | None = None  # with the rule's rows; they were dropped where this is not less
 
 
 @dataclass(frozen=True)
