@@ -147,7 +147,7 @@ def test_rows_times_inputs_are_the_logits_of_the_model(family, original, tokens)
     place = find_rows(layer, layer.num_slots)
     inputs, logits = LayerInputs(), []
     keep = layer.router.register_forward_pre_hook(
-        lambda m, args: inputs.router_calls.append((args[:1], {})) if not torch.is_grad_enabled() else None
+        lambda _, args: inputs.router_calls.append((args[:1], {})) if not torch.is_grad_enabled() else None
     )
     with torch.no_grad():
         ids = tokens[0][None] if tokens[0].dim() == 1 else tokens[0]
@@ -155,7 +155,7 @@ def test_rows_times_inputs_are_the_logits_of_the_model(family, original, tokens)
     keep.remove()
     inputs.router_calls = inputs.router_calls[:1]
     listen = layer.family.logits_module(layer).register_forward_hook(
-        lambda m, args, output: logits.append(layer.family.logits(output).flatten(0, -2))
+        lambda *call: logits.append(layer.family.logits(call[-1]).flatten(0, -2))
     )
     (x,) = router_inputs(layer, place, inputs)
     listen.remove()
@@ -175,6 +175,14 @@ def test_written_rows_are_read_again_with_their_bias():
     assert torch.equal(layer.router.weight.double(), new[:, :-1]) and torch.equal(
         layer.router.bias.double(), new[:, -1]
     )
+
+
+def test_rows_of_no_routed_expert_stay():
+    layer = find_layers(tiny_model("gpt_oss"))[0]
+    place, weight = find_rows(layer, 8), layer.router.weight.detach().clone()
+    write_rows(layer, place, drawn(6, weight.shape[1] + 1))
+    assert torch.equal(layer.router.weight[6:], weight[6:]) and layer.router.weight.shape == weight.shape
+    assert not torch.equal(layer.router.weight[:6], weight[:6])
 
 
 # --- whole models
@@ -210,7 +218,7 @@ def test_the_rows_of_a_rule_stay_only_where_held_out_tokens_are_better_off(rule,
         assert not kept
 
 
-def test_the_guard_takes_what_is_better_and_drops_what_is_worse(monkeypatch, original, tokens):
+def test_the_guard_takes_what_is_better_and_drops_what_is_worse(monkeypatch, original):
     layer = find_layers(original("qwen3_moe"))[0]
     groups = ExpertGroups(torch.arange(8).clamp(max=3), torch.arange(4))
     stacked = {name: p.detach()[:4].clone() for name, p in layer.expert_parameters.items()}
@@ -225,7 +233,7 @@ def test_the_guard_takes_what_is_better_and_drops_what_is_worse(monkeypatch, ori
     write_rows(target, find_rows(target, 4), best)
     wanted = [target.family.run_experts(target, hidden, *target.family.route(target, (hidden,), {})).detach()]
     for rows, stays in ((best, True), (-best, False)):
-        monkeypatch.setitem(ROUTER_ROWS._entries, "dominant_rows", lambda old, groups, rows=rows: rows)
+        monkeypatch.setitem(ROUTER_ROWS._entries, "dominant_rows", lambda *_, rows=rows: rows)
         one = copy.deepcopy(layer)
         original_rows = one.router.weight.detach()[:4].clone()
         errors = cut_router(one, Recipe(layout="native", router="dominant_rows"), merged, collected, wanted)
@@ -254,7 +262,7 @@ def test_bfloat16_and_biases(rule, original, tokens):
 
 
 def test_mapped_routers_have_no_rows_to_choose():
-    with pytest.raises(ValueError, match="router is 'hessian', but in layout 'mapped'.*Use layout='native'"):
+    with pytest.raises(ValueError, match=r"router is 'hessian', but in layout 'mapped'.*Use layout='native'"):
         Recipe(router="hessian")
 
 

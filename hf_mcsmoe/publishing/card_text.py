@@ -203,6 +203,7 @@ def _recovery(recovery: Mapping[str, Any] | None) -> dict[str, Any] | None:
     ]
     data = recovery["data"]
     routers = "frozen" if arguments["freeze_routers"] else "trained"
+    routers += ", nothing else" if arguments.get("only_routers") else ""
     settings = ", ".join(f"`{name}` {arguments[name]}" for name in SHOWN_ARGUMENTS)
     lines = [
         f"Teacher: `{plain(recovery['teacher'])}`. Routers {routers}. {settings}; {count(recovery['steps'])} steps.",

@@ -37,8 +37,8 @@ def log_sum_exp(rows: Tensor, groups: ExpertGroups, *, tokens: Sequence[Tensor],
     z_t[m] = log of the sum over the members of m of exp(logit): a softmax over the M groups then gives each the summed
     probability of its members. R0 are the rows of the dominants, to which inputs that were not seen leave it. A
     softmax does not see a number that is added to all logits of a token, so the part of the error that all groups
-    share is taken out of the target first. Ours; no publication is known to do this, and it raised the error of synthetic
-    layers: the pipeline keeps it only where held-out tokens are better off.
+    share is taken out of the target first. Ours; no publication is known to do this, and it raised the error of
+    synthetic layers: the pipeline keeps it only where held-out tokens are better off.
 
     Memory: 8 D_r (D_r + M) bytes, for the sums of x x^T and of x (z - R0 x)^T. Time: T D_r (D_r + N) + D_r^3.
 
