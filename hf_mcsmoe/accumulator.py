@@ -29,7 +29,7 @@ class StatisticsAccumulator:
     def __init__(self, num_slots: int, needs: frozenset[str]):
         self.num_slots = num_slots
         self.names = sorted(needs | {"selection_count"})
-        self.names_of: dict[str, list[str]] = {"slots": [], "expert": [], "every_expert": []}
+        self.names_of: dict[str, list[str]] = {"slots": [], "expert": [], "choices": [], "every_expert": []}
         for name in self.names:
             self.names_of[STATISTICS.trait(name, "of")].append(name)
         self.reads_logits = any(STATISTICS.trait(name, "logits", False) for name in self.names)
@@ -38,7 +38,7 @@ class StatisticsAccumulator:
     @property
     def runs_experts(self) -> bool:
         """Whether experts are run again."""
-        return bool(self.names_of["expert"] or self.names_of["every_expert"])
+        return any(self.names_of[kind] for kind in ("expert", "choices", "every_expert"))
 
     @torch.no_grad()
     def update(self, observed: ObservedTokens, layer: MoeLayer | None = None) -> None:
@@ -55,6 +55,10 @@ class StatisticsAccumulator:
             experts = RunningExperts(layer) if self.runs_experts else None
             if self.names_of["expert"]:
                 self._add_experts(experts, observed)
+            if self.names_of["choices"]:
+                for chunk in experts.together(observed):
+                    for name in self.names_of["choices"]:
+                        self._add(name, STATISTICS[name](chunk))
             if self.names_of["every_expert"]:
                 for chunk in experts.everywhere(observed):
                     for name in self.names_of["every_expert"]:

@@ -235,8 +235,9 @@ def compress_in_memory(
 def allocate(layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics]) -> list[int]:
     """Experts that each layer keeps, by the recipe's allocation rule."""
     saliency_of_layer = [saliency_of(layer, recipe, statistics[layer.name]) for layer in layers]
-    rule = ALLOCATION[recipe.allocation]
-    return rule(saliency_of_layer, budget_of_layer(layers, recipe), **recipe.allocation_options)
+    how = {"options": recipe.allocation_options}
+    how["supply"] = {"statistics_of_layer": lambda: [statistics[layer.name] for layer in layers]}
+    return ALLOCATION.call(recipe.allocation, saliency_of_layer, budget_of_layer(layers, recipe), **how)
 
 
 def saliency_of(layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics) -> Tensor:

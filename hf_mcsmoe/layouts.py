@@ -131,9 +131,17 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
             native_target(model, recipe, kept, excluded)
         if recipe.router is not None:
             _check_routers(kept, recipe.router)
-    # The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give.
-    equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in kept]
-    ALLOCATION[recipe.allocation](equal, budgets, **recipe.allocation_options)
+    _check_allocation([layer.num_slots for layer in kept], budgets, recipe)
+
+
+def _check_allocation(sizes: list[int], budgets: list[int], recipe: Recipe) -> None:
+    """The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give."""
+    name, check = recipe.allocation, ALLOCATION.trait(recipe.allocation, "check_budget")
+    if check is not None:
+        check(sizes, budgets, {**ALLOCATION.options(name), **recipe.allocation_options})
+        return
+    equal = [torch.full((size,), 1 / size) for size in sizes]
+    ALLOCATION[name](equal, budgets, **recipe.allocation_options)
 
 
 def _check_family(layer: MoeLayer, recipe: Recipe) -> None:

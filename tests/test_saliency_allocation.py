@@ -160,6 +160,9 @@ def test_a_budget_that_cannot_be_spent_exactly_is_refused(budget, options, why):
 @pytest.mark.parametrize("name", list(ALLOCATION))
 def test_every_allocation_spends_the_budget_exactly(name):
     saliency = frequencies([[5, 5, 0, 0], [1, 2, 3, 4], [1, 1, 1, 1]])
-    allotted = ALLOCATION[name](saliency, [2, 2, 2])
+    sums = {"left_out_energy": torch.ones(4), "chosen_gram": torch.eye(4)}
+    of_layer = [LayerStatistics(1, torch.ones(4, dtype=torch.int64), sums)] * 3
+    supply = {"statistics_of_layer": lambda: of_layer}
+    allotted = ALLOCATION.call(name, saliency, [2, 2, 2], options={}, supply=supply)
     assert sum(allotted) == 6
     assert all(1 <= count <= 4 for count in allotted)

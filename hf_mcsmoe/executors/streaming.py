@@ -24,7 +24,7 @@ from ..loading import empty_model, read_config
 from ..outcome import conclude, count, package_version
 from ..publishing.report import read_report
 from ..recipe import Recipe
-from ..types import CompressionReport, LayerReport
+from ..types import CompressionReport, LayerReport, LayerStatistics
 from .decoder_stack import DecoderStack
 from .journal import JOURNAL_FILE, Journal
 from .output_shards import is_disk_full, publish
@@ -158,17 +158,21 @@ def stream(run: StreamingRun, one_pass: bool) -> None:
     """All visits of all layers."""
     layers = [layer for found in run.layers_of.values() for layer in found]
     budget = budget_of_layer(layers, run.recipe)
+    statistics_of_layer: list[LayerStatistics] = []
     run.read_before_stack()
     if one_pass:
         equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in layers]
         saliency_of_layer, description = equal, "pass 1 of 1: statistics, merging"
     else:
         run.collect("pass 1 of 2: statistics")
-        saved = [run.load_statistics(index)[1] for index, found in run.layers_of.items() if found]
-        saliency_of_layer = [saliency for one in saved for saliency in one.values()]
+        saliency_of_layer = []
+        for index in (index for index, found in run.layers_of.items() if found):
+            collected, saliency = run.load_statistics(index)
+            saliency_of_layer += saliency.values()
+            statistics_of_layer += [one.statistics for one in collected.values()]  # and not the tokens beside them
         description = "pass 2 of 2: merging"
-    rule = ALLOCATION[run.recipe.allocation]
-    allotted = rule(saliency_of_layer, budget, **run.recipe.allocation_options)
+    how = {"options": run.recipe.allocation_options, "supply": {"statistics_of_layer": lambda: statistics_of_layer}}
+    allotted = ALLOCATION.call(run.recipe.allocation, saliency_of_layer, budget, **how)
     names = [layer.name for layer in layers]
     run.compress(
         description, dict(zip(names, allotted, strict=True)), with_forward=one_pass or run.recipe.needs_inputs
