@@ -11,6 +11,7 @@ from torch import Tensor
 from .decomposition import DECOMPOSITION
 from .executors.in_memory import Collected
 from .expert_decomposition import decompose_experts
+from .expert_sharing import share_experts
 from .expert_values import PackedExperts
 from .gated_features import sum_input_grams
 from .layer_fit import FittedExperts, fit_experts, refit_down
@@ -24,7 +25,7 @@ from .modeling.install_forms import install_low_rank_sparse, install_ragged
 from .recipe import Recipe
 from .router_treatment import cut_router
 from .routing import ROUTING
-from .sizes import expert_size, neuron_size
+from .sizes import expert_size, expert_sizes, neuron_size, shared_sizes
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
 
 # Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
@@ -52,6 +53,7 @@ def compress_layer(
     before = routed_output(layer, collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_size = expert_size(layer, recipe) if recipe.decomposition is not None else size
+    new_sizes = shared_sizes(layer, recipe) if recipe.shares_experts else expert_sizes(layer, num_experts, new_size)
     original = functools.cache(lambda: original_tokens(layer, collected))
     merged = merge_layer(layer, recipe, collected.statistics, num_experts, original)
     share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
@@ -70,7 +72,10 @@ def compress_layer(
         fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
         if recipe.matching is not None:
             fitted = match_layer(layer, recipe, collected, tokens, fitted)
-    install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
+    if recipe.shares_experts:
+        share_experts(layer, recipe, merged, collected.statistics, original, layout)
+    else:
+        install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
     reroute = merged.routing.rows is not None or trains_router(layer, recipe)
     after = routed_output(layer, collected.held_out, reroute=reroute)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
@@ -81,9 +86,9 @@ def compress_layer(
         num_experts_before=layer.num_experts,
         num_experts_after=num_experts,
         parameters_before=size.parameters * layer.num_experts,
-        parameters_after=new_size.parameters * num_experts - per_neuron.parameters * gone,
+        parameters_after=new_sizes.expert_parameters - per_neuron.parameters * gone,
         bytes_before=size.bytes * layer.num_experts,
-        bytes_after=new_size.bytes * num_experts - per_neuron.bytes * gone,
+        bytes_after=new_sizes.expert_bytes - per_neuron.bytes * gone,
         relative_error=relative_error(before, after),
         duplicate_share=share,
         unused_experts=int((collected.statistics.selection_count == 0).sum()),

@@ -9,12 +9,13 @@ from torch import nn
 from .allocation import ALLOCATION
 from .families import reason_against, tied_layers
 from .modeling.forms import check_forms
+from .modeling.install_forms import check_linear_output
 from .modeling.native_config import check_native
 from .modeling.native_width import NativeFields, native_fields
 from .recipe import Recipe
 from .registry import closest
 from .router_access import check_router
-from .sizes import expert_size
+from .sizes import expert_size, shared_sizes
 from .types import MoeLayer
 
 
@@ -114,10 +115,12 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     tensors = [id(p) for layer in layers if layer.name not in tied for p in layer.expert_parameters.values()]
     if len(set(tensors)) < len(tensors):
         raise ValueError(f"{named} ties some matrices of experts, not all. Such a model is not supported.")
-    if tied and any(step is not None for step in (recipe.selection, recipe.decomposition, recipe.router)):
+    if tied and any(
+        step is not None for step in (recipe.selection, recipe.decomposition, recipe.router, recipe.shared_base)
+    ):
         raise ValueError(
-            f"{named} has layers that share their experts; selection, decomposition and router rules cannot treat "
-            "them. Use a recipe without these steps."
+            f"{named} has layers that share their experts; selection, decomposition, shared_base and router rules "
+            "cannot treat them. Use a recipe without these steps."
         )
     kept, excluded = resolve_layers(layers, recipe)
     for layer in kept:
@@ -151,8 +154,10 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
             f"layout {recipe.layout!r} is not possible for {layer.name!r}{f': {reason}' if reason else ''}. "
             f"Use one of {list(layouts)}."
         )
-    if recipe.is_fitted or recipe.decomposition is not None:
+    if recipe.is_fitted or recipe.decomposition is not None or recipe.shares_experts:
         check_forms(layer)
+    if recipe.shares_experts:
+        check_linear_output(layer)
     if recipe.is_fitted and getattr(layer.experts, "has_post_expert_norm", False):
         raise ValueError(
             f"selection and refit need experts whose output is linear in their last matrix; those of {layer.name!r} "
@@ -175,6 +180,11 @@ def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
         raise ValueError(
             f"num_experts is {budget}, but {layer.name!r} has {layer.num_slots} experts. Ask for 1..{layer.num_slots}."
         )
+    if recipe.shares_experts:
+        try:
+            shared_sizes(layer, recipe)
+        except ValueError as error:
+            raise ValueError(f"shared_base {recipe.shared_base!r} does not fit {layer.name!r}: {error}") from error
     if recipe.decomposition is not None:
         try:
             expert_size(layer, recipe)

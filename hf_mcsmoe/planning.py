@@ -13,7 +13,8 @@ from .layouts import budget_of_layer, check_layout, neurons_of_layer, resolve_la
 from .loading import empty_model, read_config
 from .low_rank import DEFAULT_RANK
 from .recipe import Recipe
-from .sizes import INDEX_BYTES, Sizes, expert_size, expert_sizes, measure, neuron_sizes, router_sizes
+from .shared_base import SHARED_BASE
+from .sizes import INDEX_BYTES, Sizes, expert_size, expert_sizes, measure, neuron_sizes, router_sizes, shared_sizes
 from .types import MoeLayer
 
 
@@ -123,6 +124,8 @@ def _layer_plan(
 
 
 def _layer_after(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
+    if recipe.shares_experts:
+        return shared_sizes(layer, recipe)
     decomposed_by = recipe if recipe.decomposition is not None else None
     sizes = expert_sizes(layer, num_experts, expert_size(layer, decomposed_by))
     gone = num_experts * layer.intermediate_size - neurons_of_layer(layer, recipe, num_experts)
@@ -145,7 +148,8 @@ def _routing_change(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     # A ragged layer also stores where its experts start.
     full = num_experts * layer.intermediate_size
     offsets = num_experts + 1 if neurons_of_layer(layer, recipe, num_experts) < full else 0
-    if recipe.decomposition is not None:  # and of each matrix, where the rows of experts start
+    has_rows = recipe.shares_experts and SHARED_BASE.trait(recipe.shared_base, "shares") == "base"
+    if recipe.decomposition is not None or has_rows:  # and of each matrix, where the rows of experts start
         offsets = (3 if layer.format.has_gate else 2) * (num_experts + 1)
     return Sizes(0, 0, 0, (layer.num_slots + layer.num_identity_slots + offsets) * INDEX_BYTES, 0, 0)
 
@@ -155,7 +159,7 @@ def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_p
     notes = []
     if recipe.layout == "mapped" and recipe.selection is not None:
         notes.append("Active parameters and FLOPs are averages: experts keep different numbers of neurons.")
-    elif recipe.layout == "mapped":
+    elif recipe.layout == "mapped" and recipe.shared_base is None:
         notes.append(
             "Active parameters and FLOPs are upper bounds: several slots of a token may hold one expert, which is "
             "then computed once."

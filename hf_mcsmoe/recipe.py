@@ -19,6 +19,7 @@ from .registry import Registry, closest
 from .router_rows import ROUTER_ROWS
 from .saliency import SALIENCY
 from .selection import SELECTION
+from .shared_base import SHARED_BASE
 from .similarity import SIMILARITY
 
 LAYOUTS = ("mapped", "native")
@@ -31,12 +32,23 @@ STEPS: dict[str, Registry] = {
     "merging": MERGING,
     "importance": SALIENCY,
     "selection": SELECTION,
+    "shared_base": SHARED_BASE,
     "router": ROUTER_ROWS,
     "refit": REFIT,
     "matching": MATCHING,
     "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = ("similarity", "alignment", "merging", "selection", "router", "refit", "matching", "decomposition")
+OPTIONAL_STEPS = (
+    "similarity",
+    "alignment",
+    "merging",
+    "selection",
+    "shared_base",
+    "router",
+    "refit",
+    "matching",
+    "decomposition",
+)
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
 
@@ -54,7 +66,7 @@ class Recipe:
 
     Attributes:
         keep: Share of the experts (of the layers that are not excluded) that stays, in (0, 1]. With `selection` the
-            share of their neurons, in all experts together.
+            share of their neurons, in all experts together; with `shared_base` that of the numbers of their matrices.
         num_experts: The same as an average number per layer; exclusive with `keep`.
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
         saliency: Score that decides which experts lead.
@@ -69,6 +81,8 @@ class Recipe:
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
             keeps all experts.
+        shared_base: What all experts of a layer share, of which each keeps a small part of its own; all experts and
+            the router stay, in the mapped layout. None stores experts one by one.
         router: What the rows of a router that is cut become, in the native layout; None, or a rule that does not lower
             a layer's error on held-out tokens, keeps the rows of the dominant experts.
         refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
@@ -112,6 +126,8 @@ class Recipe:
     selection: str | None = None
     selection_options: dict[str, Any] = field(default_factory=dict)
     keep_experts: float | None = None
+    shared_base: str | None = None
+    shared_base_options: dict[str, Any] = field(default_factory=dict)
     router: str | None = None
     router_options: dict[str, Any] = field(default_factory=dict)
     refit: str | None = None
@@ -138,7 +154,7 @@ class Recipe:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}, allowed are {LAYOUTS}.{closest(self.layout, LAYOUTS)}")
         if self.allocation is None:
-            is_uniform = self.layout == "native" or self.selection is not None
+            is_uniform = self.layout == "native" or self.selection is not None or self.shared_base is not None
             object.__setattr__(self, "allocation", "uniform" if is_uniform else "global_usage")
         self._check_budget()
         self._check_steps()
@@ -223,6 +239,8 @@ class Recipe:
                 f"router is {self.router!r}, but in layout 'mapped' the router keeps all its rows. "
                 "Use layout='native', or leave router out."
             )
+        if self.shared_base is not None:
+            self._check_shared_base()
         if self.collapse_duplicates not in (True, False, "auto"):
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
@@ -236,6 +254,21 @@ class Recipe:
             )
         check_budget(self.decomposition_options)
 
+    def _check_shared_base(self) -> None:
+        if self.layout == "native":
+            raise ValueError("shared_base needs layout 'mapped', got 'native'. No plain model can hold a shared part.")
+        if self.num_experts is not None:
+            raise ValueError(
+                f"num_experts is {self.num_experts}, but with shared_base {self.shared_base!r} all experts stay. "
+                "Use keep: the share of the numbers of their matrices."
+            )
+        for step in ("selection", "refit", "matching", "decomposition"):
+            if getattr(self, step) is not None:
+                raise ValueError(
+                    f"shared_base is {self.shared_base!r} and {step} is {getattr(self, step)!r}, which is for experts "
+                    "of their own. Leave one of them out."
+                )
+
     def statistics_needed(self) -> frozenset[str]:
         """Union of the fields of `LayerStatistics` that the steps read."""
         used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
@@ -244,10 +277,13 @@ class Recipe:
     def experts_per_layer(self, num_experts: int) -> int:
         """Average number of experts that a layer of `num_experts` keeps.
 
-        `keep`, or with `selection` `keep_experts`, is rounded half up; the result is at least 1.
+        `keep`, or with `selection` `keep_experts`, is rounded half up; the result is at least 1. With
+        `shared_base` all stay.
         """
         if self.num_experts is not None:
             return self.num_experts
+        if self.shared_base is not None:
+            return num_experts
         share = self.keep if self.selection is None else self.keep_experts or 1.0
         return max(1, math.floor(share * num_experts + 0.5))
 
@@ -265,6 +301,11 @@ class Recipe:
             unit = math.gcd(width, ALIGNED_NEURONS)
             return num_kept * min(width, unit * max(1, math.floor(share / (num_kept * unit) + 0.5)))
         return min(num_kept * width, max(1, math.floor(share + 0.5)))
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether experts become parts of something shared; with `keep=1` they stay as they are."""
+        return self.shared_base is not None and self.keep < 1
 
     @property
     def is_fitted(self) -> bool:
