@@ -6,6 +6,7 @@ Importing this package registers `MergedSparseMoeConfig` and the model classes w
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .calibrate import calibrate_moe
 from .calibration import Calibration, load_calibration
 from .compress import compress_moe
 from .config import MergedSparseMoeConfig
@@ -60,6 +61,7 @@ __all__ = [
     "Recipe",
     "SparsityScheduleCallback",
     "cache_teacher",
+    "calibrate_moe",
     "compress_moe",
     "decompose_merged",
     "densify",

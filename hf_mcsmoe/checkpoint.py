@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +53,24 @@ def save_checkpoint(
     overwrite: bool = False,
 ) -> None:
     """Write model, tokenizer, report, recipe and card into a temporary folder, then rename it to `folder`."""
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     check_output_folder(folder, overwrite)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        complete = Path(temporary) / "new"
+    with replacing(folder) as complete:
         model.save_pretrained(complete, state_dict=offloaded_state_dict(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(complete)
         write_report(report, complete)
-        write_card(complete, repo_name=folder.name)
+        write_card(complete, repo_name=folder.absolute().name)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write to; it takes the place of `folder` when the block ends without an error."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        complete = Path(temporary) / "new"
+        complete.mkdir()
+        yield complete
         if folder.exists():
             folder.rename(Path(temporary) / "old")  # removed together with the temporary folder
         complete.rename(folder)

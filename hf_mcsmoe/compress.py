@@ -5,31 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .allocation import ALLOCATION
 from .auto import check_auto, choose_recipe, executor_for, record_choice
 from .auto_candidates import AUTO
 from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
 from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
-from .executors.in_memory import reached
-from .executors.kept_inputs import collect_first, visits
-from .families import find_layers, reading_part, tied_layers
-from .layer_compression import compress_layer, follow
-from .layouts import budget_of_layer, check_layout, native_target, resolve_layers
+from .families import find_layers, reading_part
+from .layouts import check_layout
 from .loading import empty_model, load_model, load_tokenizer, read_config
-from .modeling.offload import fetched
-from .outcome import conclude, count
+from .pipeline import compress_in_memory
 from .planning import plan
 from .recipe import PRESETS, Recipe
 from .recipe_reading import recipe_from_preset, recipe_from_yaml
-from .saliency import SALIENCY
-from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
+from .saved_statistics import SavedStatistics, open_statistics
+from .types import CompressionReport
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +53,8 @@ def compress_moe(
         config: A request, a preset ("m-smoe", ...), a `Recipe`, or the path of a YAML recipe. "auto" tries several
             recipes on copies of the model in memory and takes the best, see `auto.choose_recipe`.
         calibration: Whatever `load_calibration` takes: texts, a dataset, a file, token ids, a DataLoader. None
-            takes a text that ships with the package, with a warning: good for a first look only.
+            takes a text that ships with the package, with a warning: good for a first look only. Or the folder that
+            `calibrate` wrote for this model: nothing is run then.
         tokenizer: Needed for text; loaded from `model` where that is a path.
         output_dir: Where to write the checkpoint, tokenizer, report and model card; written beside it first and
             renamed when complete.
@@ -110,15 +104,8 @@ def compress_moe(
     if output is not None:
         done = streaming.written_bytes(output) if streams else 0
         check_free_space(output, plan(described, recipe).total_bytes_after - done)
-    data = load_calibration(
-        calibration,
-        tokenizer,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=recipe.seed,
-        vocab_size=reading_part(described).get_input_embeddings().num_embeddings,
-    )
+    reading = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
+    data = open_calibration(calibration, tokenizer, recipe, described, streams=streams, **reading)
     if streams:
         how = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "progress": progress}
         how |= {"hidden_states_bytes": hidden_states_bytes, "trust_remote_code": trust_remote_code}
@@ -129,12 +116,35 @@ def compress_moe(
     if path is not None:
         how = {"quantization_config": unpacking} if unpacking is not None else {}
         model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **how)
+    if isinstance(data, SavedStatistics):
+        data.check_model(model)
     report = compress_loaded(model, recipe, data, progress=progress, start=start)
     if unpacking is not None:
         note_unpacking(model, unpacking, report)
     if output is not None:
         save_checkpoint(model, report, output, tokenizer=tokenizer, overwrite=overwrite)
     return model
+
+
+def open_calibration(
+    calibration: Any, tokenizer: Any, recipe: Recipe, model: PreTrainedModel, *, streams: bool, **reading: Any
+) -> Calibration | SavedStatistics:
+    """What to calibrate on, or what calibration left: read and checked.
+
+    Raises:
+        ValueError: Data that cannot be read, or saved statistics that do not serve the recipe or the executor.
+    """
+    saved = open_statistics(calibration)
+    if saved is None:
+        vocab_size = reading_part(model).get_input_embeddings().num_embeddings
+        return load_calibration(calibration, tokenizer, seed=recipe.seed, vocab_size=vocab_size, **reading)
+    saved.check_recipe(recipe)
+    if streams:
+        raise ValueError(
+            f"calibration {str(calibration)!r} holds saved statistics, which executor 'streaming' does not read. "
+            "Use executor='in_memory', or give the calibration data itself."
+        )
+    return saved
 
 
 def note_unpacking(model: PreTrainedModel, unpacking: Any, report: CompressionReport) -> None:
@@ -184,7 +194,7 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def compress_loaded(
-    model: PreTrainedModel, request: Recipe, data: Calibration, *, progress: bool, start: float
+    model: PreTrainedModel, request: Recipe, data: Calibration | SavedStatistics, *, progress: bool, start: float
 ) -> CompressionReport:
     """Compress in memory as asked, or for "auto" with the best of its recipes. `model` was checked."""
     if request.preset != AUTO:
@@ -197,91 +207,3 @@ def compress_loaded(
     compress_in_memory(model, recipe, data, progress=progress, start=start)
     record_choice(model, recipe, trials)
     return model.compression_report
-
-
-def compress_in_memory(
-    model: PreTrainedModel, recipe: Recipe, data: Calibration, *, progress: bool, start: float
-) -> CompressionReport:
-    """Statistics in one pass, then each layer in order. `model` was checked; it is changed in place."""
-    found = find_layers(model)
-    layers, excluded = resolve_layers(found, recipe)
-    first_of_tied = tied_layers(found)
-    tied = {layer: first for layer in found if (first := first_of_tied.get(layer.name)) in layers}
-    before = count(model)
-    check_finite(layers)
-    collected = collect_first(model, layers, tied, data, recipe, progress)
-    statistics = reached(collected)
-    layers, warnings = leave_unreached(layers, statistics, recipe)
-    allotted = dict(zip(layers, allocate(layers, recipe, statistics), strict=True))
-    native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
-    reports: dict[str, LayerReport] = {}
-    layouts: dict[str, Any] = {}
-    todo = visits(model, layers, tied, data, recipe, collected)
-    for layer, of_layer in tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2):
-        report, layout = compress_layer(layer, recipe, of_layer, allotted[layer])
-        reports[layer.name], layouts[layer.name] = report, layout
-        for other in [other for other, first in tied.items() if first is layer]:
-            follow(other, layer, report, layout, recipe)
-            layouts[other.name] = layout
-    if tied:
-        model.tie_weights()
-    layouts = {layer.name: layouts[layer.name] for layer in found if layer.name in layouts}
-    in_order = [reports[layer.name] for layer in layers]
-    how = {"native": native, "before": before, "start": start, "warnings": warnings}
-    conclude(model, recipe, data, layers, in_order, layouts, **how)
-    return model.compression_report
-
-
-def allocate(layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics]) -> list[int]:
-    """Experts that each layer keeps, by the recipe's allocation rule."""
-    saliency_of_layer = [saliency_of(layer, recipe, statistics[layer.name]) for layer in layers]
-    how = {"options": recipe.allocation_options}
-    how["supply"] = {"statistics_of_layer": lambda: [statistics[layer.name] for layer in layers]}
-    return ALLOCATION.call(recipe.allocation, saliency_of_layer, budget_of_layer(layers, recipe), **how)
-
-
-def saliency_of(layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics) -> Tensor:
-    """The recipe's saliency of each expert of a layer, (N,)."""
-    with fetched(layer.experts):
-        weights = None
-        if "weights" in SALIENCY.needs(recipe.saliency):
-            weights = layer.family.view(layer, layer.family.stack(layer, layer.expert_parameters))
-        return SALIENCY[recipe.saliency](statistics, weights, **recipe.saliency_options)
-
-
-def leave_unreached(
-    layers: list[MoeLayer], statistics: dict[str, LayerStatistics], recipe: Recipe
-) -> tuple[list[MoeLayer], list[str]]:
-    """The layers that calibration reached, and what to warn of: those for images see no token of a text.
-
-    Raises:
-        ValueError: There are others, and the layout is native, where one M holds for all.
-    """
-    names = [layer.name for layer in layers if layer.name not in statistics]
-    if not names:
-        return layers, []
-    listed = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    if recipe.layout == "native":
-        raise ValueError(
-            f"No calibration token reached {listed}. Give calibration data that uses them (images for vision "
-            "experts), leave them out with exclude_layers, or use layout='mapped', which leaves them as they are."
-        )
-    message = f"No calibration token reached {listed}: left as they are. Give calibration data that uses them."
-    logger.warning(message)
-    return [layer for layer in layers if layer.name in statistics], [message]
-
-
-def check_finite(layers: list[MoeLayer]) -> None:
-    """Raise ValueError for NaN or Inf in the experts of a layer, naming layer and expert."""
-    for layer in layers:
-        with fetched(layer.experts):
-            for name, parameter in layer.family.stack(layer, layer.expert_parameters).items():
-                rows = parameter.detach().flatten(1)
-                # Extremes pass NaN on, and take a tenth of the time and no memory beside isfinite of everything.
-                finite = torch.isfinite(rows.amax(dim=1)) & torch.isfinite(rows.amin(dim=1))
-                if not finite.all():
-                    bad = (~finite).nonzero().flatten().tolist()
-                    raise ValueError(
-                        f"{name} of {layer.name!r} holds NaN or Inf in expert {bad}. "
-                        "The checkpoint is damaged or was saved in a dtype too narrow for it; get a sound copy."
-                    )

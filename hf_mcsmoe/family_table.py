@@ -21,7 +21,7 @@ from .families.names import NUM_EXPERTS_NAMES, read_attribute
 from .types import MoeLayer
 
 TABLE = Path(__file__).parent / "families" / "table.json"
-START, END = "<!-- families:start -->", "<!-- families:end -->"
+MARK = "families"
 LAYOUTS = ("mapped", "native")
 
 
@@ -114,12 +114,13 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([head, "", *lines])
 
 
-def insert(text: str, table: str) -> str:
-    """`text` with `table` between its markers; they are added at the end where there are none."""
-    if START not in text or END not in text:
-        text = f"{text.rstrip()}\n\n{START}\n{END}\n"
-    before, _, rest = text.partition(START)
-    return f"{before}{START}\n{table}\n{END}{rest.partition(END)[2]}"
+def insert(text: str, table: str, mark: str = MARK) -> str:
+    """`text` with `table` between the comments of `mark`; they are added at the end where there are none."""
+    start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
+    if start not in text or end not in text:
+        text = f"{text.rstrip()}\n\n{start}\n{end}\n"
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

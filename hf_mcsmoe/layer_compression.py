@@ -152,7 +152,12 @@ def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:
 def match_layer(
     layer: MoeLayer, recipe: Recipe, collected: Collected, tokens: LayerTokens, fitted: FittedExperts
 ) -> FittedExperts:
-    """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now."""
+    """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now.
+
+    Without held-out tokens nothing could tell whether that made the layer better: it is left as it is.
+    """
+    if not tokens.held_out:
+        return fitted
     how = {"seed": recipe.seed, **recipe.matching_options}
     router = others = None
     if trains_router(layer, recipe):

@@ -209,9 +209,6 @@ class Recipe:
                     )
                 continue
             registry.check_options(name, options)
-            check = registry.trait(name, "check")
-            if check is not None:
-                check({**registry.options(name), **options})
 
     def _check_combinations(self) -> None:
         if self.layout == "native" and self.allocation != "uniform":

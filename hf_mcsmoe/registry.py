@@ -34,7 +34,9 @@ class Registry:
         Args:
             name: Unique in this registry.
             needs: Statistics that it reads.
-            traits: What else the pipeline must know of it; the folder's `__init__` says which there are.
+            traits: What else the pipeline must know of it; the folder's `__init__` says which there are. `check` is
+                one in all of them: (all options of the function by name) -> None, raising ValueError for a value
+                that is not allowed.
 
         Raises:
             ValueError: `name` is taken.
@@ -97,13 +99,16 @@ class Registry:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
     def check_options(self, name: str, options: dict[str, Any]) -> None:
-        """Raise ValueError for an option that the function `name` does not have."""
+        """Raise ValueError for an option that the function `name` does not have, or for a value it cannot have."""
         known = self.options(name)
         for option in options:
             if option not in known:
                 raise ValueError(
                     f"{self.kind} {name!r} has no option {option!r}; it has {sorted(known)}.{closest(option, known)}"
                 )
+        check = self.trait(name, "check")
+        if check is not None:
+            check(known | dict(options))
 
 
 def import_submodules(package_name: str, package_path: Any) -> None:

@@ -198,9 +198,10 @@ def test_budgets_of_models_are_exact_and_measured(rule, keep, original, tokens):
     assert kept == ALLOCATION[rule](saliencies, budgets, statistics_of_layer=of_layer)
 
 
-def test_streaming_allots_the_same(original, tokens, tmp_path):
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_streaming_allots_the_same(keep, original, tokens, tmp_path):
     original("mixtral").save_pretrained(tmp_path / "model")
-    recipe = Recipe(keep=0.5, allocation="error_curve", **DROP)
+    recipe = Recipe(keep=keep, allocation="error_curve", **DROP)
     how = {"calibration": tokens, "progress": False}
     streamed = compress_moe(tmp_path / "model", recipe, executor="streaming", output_dir=tmp_path / "out", **how)
     loaded = compress_moe(original("mixtral"), recipe, **how)

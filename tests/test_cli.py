@@ -77,6 +77,17 @@ def test_help_lists_the_verbs_and_every_verb_has_an_example():
         assert f"Example: hf-mcsmoe {verb}" in " ".join(succeed(verb, "--help").split())
 
 
+def test_the_shell_completes_verbs_and_methods(monkeypatch):
+    assert "--install-completion" in succeed("--help")
+    cases = [("hf-mcsmoe comp", "compress", "plan"), ("hf-mcsmoe plan m --preset na", "narrow-obs", "m-smoe")]
+    for typed, offered, other in cases:
+        monkeypatch.setenv("_HF_MCSMOE_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+        completed = CliRunner().invoke(app, [], prog_name="hf-mcsmoe").output.split()
+        assert offered in completed and other not in completed
+
+
 def test_without_a_verb_the_help_is_shown():
     assert "Usage" in run().output
 

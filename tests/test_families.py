@@ -16,7 +16,7 @@ from hf_mcsmoe.allocation import ALLOCATION
 from hf_mcsmoe.cli import app
 from hf_mcsmoe.executors.in_memory import collect_statistics
 from hf_mcsmoe.families import find_layers, tied_layers
-from hf_mcsmoe.family_table import END, START, describe_family, insert, read_table, render
+from hf_mcsmoe.family_table import describe_family, insert, read_table, render
 from hf_mcsmoe.grouping import GROUPING
 from hf_mcsmoe.loading import load_model
 from hf_mcsmoe.modeling.experts import install_native
@@ -286,11 +286,11 @@ def test_the_table_says_what_the_code_finds(family):
 
 def test_the_readme_holds_the_table():
     text = README.read_text(encoding="utf-8")
-    assert START in text and insert(text, render(read_table())) == text
+    assert "<!-- families:start -->" in text and insert(text, render(read_table())) == text
 
 
 def test_a_readme_without_markers_gets_them():
-    assert insert("# Title\n", "| a |") == f"# Title\n\n{START}\n| a |\n{END}\n"
+    assert insert("# Title\n", "| a |") == "# Title\n\n<!-- families:start -->\n| a |\n<!-- families:end -->\n"
 
 
 def test_the_table_can_be_made_again(tmp_path, monkeypatch):

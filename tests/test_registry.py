@@ -1,10 +1,16 @@
 """Names find functions, near misses are pointed out, and a new file needs no other edit."""
 
+import importlib
+import json
 import sys
 
 import pytest
+import torch
+from test_presets_contract import recipes_of_operators
+from typer.testing import CliRunner
 
 from hf_mcsmoe import merging
+from hf_mcsmoe.cli import app
 from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.recipe import NOT_STATISTICS, STEPS, Recipe
 from hf_mcsmoe.registry import Registry, closest, import_submodules
@@ -136,6 +142,33 @@ def test_a_new_file_in_the_folder_is_enough(tmp_path, monkeypatch):
     finally:
         sys.modules.pop("hf_mcsmoe.merging.made_up", None)
         vars(merging).pop("made_up", None)
+
+
+def test_an_operator_from_outside_is_in_the_list_the_contract_and_recipes(tmp_path, monkeypatch, compress, prompt):
+    undo_registrations(monkeypatch, MERGING)
+    (tmp_path / "from_outside.py").write_text(
+        "from hf_mcsmoe.merging import MERGING\n\n\n"
+        '@MERGING.register("from_outside")\n'
+        "def merge(members, importance, *, power=1.0):\n"
+        '    """Mean by a power of importance."""\n'
+        "    if importance.sum() == 0:\n"
+        "        return members[0]\n"
+        "    shares = importance**power / (importance**power).sum()\n"
+        "    return (members * shares.float()[:, None, None]).sum(0)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        importlib.import_module("from_outside")
+    finally:
+        sys.modules.pop("from_outside", None)
+    listed = json.loads(CliRunner().invoke(app, ["methods", "--parts", "outside", "--json"]).output)
+    assert [(row["step"], row["name"]) for row in listed] == [("merging", "from_outside")]
+    assert listed[0]["options"] == {"power": 1.0}
+    assert listed[0]["what"] == "Mean by a power of importance."
+    assert recipes_of_operators()["m-smoe with from_outside"] == {"preset": "m-smoe", "merging": "from_outside"}
+    result = compress("qwen3_moe", merging="from_outside", merging_options={"power": 1.0})
+    expected = compress("qwen3_moe")  # by importance itself
+    torch.testing.assert_close(result(input_ids=prompt).logits, expected(input_ids=prompt).logits)
 
 
 def test_an_error_in_a_new_file_is_not_swallowed(tmp_path, monkeypatch):

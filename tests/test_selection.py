@@ -12,7 +12,7 @@ from hf_mcsmoe.expert_values import PackedExperts
 from hf_mcsmoe.gated_features import RoutedTokens, sum_expert_grams
 from hf_mcsmoe.layer_fit import choose_neurons
 from hf_mcsmoe.selection import SELECTION
-from hf_mcsmoe.selection.gated_obs import removal_costs, saliency_by_gated_obs
+from hf_mcsmoe.selection.gated_obs import increasing, removal_costs, saliency_by_gated_obs
 from hf_mcsmoe.unreached_experts import with_unreached
 
 WIDTHS = (4, 0, 6, 5)
@@ -301,3 +301,10 @@ def test_the_most_salient_neurons_stay_and_ties_go_to_the_lower_one():
     assert choose_neurons(saliency, [0, 4, 9], 2, True).tolist() == [0, 2, 4, 7]
     assert choose_neurons(torch.ones(6), [0, 3, 6], 2, True).tolist() == [0, 1, 3, 4]
     assert choose_neurons(torch.ones(6), [0, 3, 6], 4, False).tolist() == [0, 1, 2, 3]
+
+
+def test_a_neuron_that_goes_later_is_more_salient_whatever_its_place():
+    costs = torch.tensor([0.1, 0.2532085769405283, 0.2, 0.15, 0.3, 0.3, 0.25], dtype=torch.float64)
+    found = increasing(costs)
+    assert (found.diff() > 0).all()
+    torch.testing.assert_close(found, costs.cummax(0).values, rtol=1e-15, atol=0)

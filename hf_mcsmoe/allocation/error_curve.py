@@ -41,6 +41,8 @@ def allocate_by_error_curve(
     """
     sizes, total = [saliency.numel() for saliency in saliency_of_layer], sum(budget_of_layer)
     most = limits(sizes, total, min_experts, max_experts)
+    if total == sum(sizes):
+        return sizes  # nothing to measure; streaming has no statistics then
     best = torch.full((total + 1,), torch.inf, dtype=torch.float64)
     best[0] = 0.0
     choices = []

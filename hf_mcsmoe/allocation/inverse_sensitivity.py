@@ -41,6 +41,8 @@ def allocate_by_inverse_sensitivity(
     """
     sizes, total = [saliency.numel() for saliency in saliency_of_layer], sum(budget_of_layer)
     most = limits(sizes, total, min_experts, max_experts)
+    if total == sum(sizes):
+        return sizes  # nothing to measure; streaming has no statistics then
     sensitivity = [statistics["left_out_energy"].sqrt().sum().item() for statistics in statistics_of_layer]
     gone = [size - limit for size, limit in zip(sizes, most, strict=True)]
     waiting = [(sensitivity[layer] * (2 * gone[layer] + 1), gone[layer], layer) for layer in range(len(sizes))]

@@ -9,11 +9,14 @@ from tqdm.auto import tqdm
 from typer.core import TyperGroup
 
 from .cache_teacher import cache_teacher_command
+from .calibrate import calibrate_command
+from .compare import compare_command
 from .compress import compress_command
 from .demo import demo_command
 from .evaluate import evaluate_command
 from .families import families_command
 from .inspect import inspect_command
+from .methods import methods_command
 from .plan import plan_command
 from .push import push_command
 from .recover import recover_command
@@ -42,7 +45,6 @@ class CleanErrors(TyperGroup):
 app = typer.Typer(
     cls=CleanErrors,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -72,9 +74,12 @@ def main(
 
 app.command("demo")(demo_command)
 app.command("families")(families_command)
+app.command("methods")(methods_command)
 app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
+app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
+app.command("compare")(compare_command)
 app.command("evaluate")(evaluate_command)
 app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)

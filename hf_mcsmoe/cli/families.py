@@ -31,6 +31,7 @@ def families_command(word: Word = None, as_json: Json = False) -> None:
         f"{len(rows)} of {len(table)} families",
         ["family", "layouts", "notes"],
         [[row["family"], ", ".join(row["layouts"]) or "none", "; ".join(row["notes"])] for row in rows],
+        are_numbers=False,
     )
 
 

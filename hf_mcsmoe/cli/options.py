@@ -1,22 +1,36 @@
 """Options that several commands share, and the recipe that they describe."""
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..recipe import PRESETS, Recipe
+from ..allocation import ALLOCATION
+from ..recipe import LAYOUTS, PRESETS, Recipe
 from ..recipe_reading import recipe_from_dict, recipe_from_preset, recipe_from_yaml
 
 DEFAULT_PRESET = "m-smoe"
 
+
+def completing(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """What the shell offers for an option: the choices that begin with what was typed."""
+    listed = sorted(choices)
+    return lambda incomplete: [choice for choice in listed if choice.startswith(incomplete)]
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or Hub id of a model.")]
 Config = Annotated[
-    str | None, typer.Option("--config", help=f"Recipe: a YAML file, or a preset ({', '.join(sorted(PRESETS))}).")
+    str | None, typer.Option("--config", help="Recipe: a YAML file, or a preset (`hf-mcsmoe methods` lists them).")
 ]
 Preset = Annotated[
-    str | None, typer.Option("--preset", help=f"Published method to start from (default: {DEFAULT_PRESET}).")
+    str | None,
+    typer.Option(
+        "--preset",
+        help=f"Method to start from (default: {DEFAULT_PRESET}); `hf-mcsmoe methods` lists them.",
+        autocompletion=completing(PRESETS),
+    ),
 ]
 Keep = Annotated[float | None, typer.Option("--keep", help="Share of the experts that stays, in (0, 1]; default 0.5.")]
 NumExperts = Annotated[
@@ -24,10 +38,19 @@ NumExperts = Annotated[
 ]
 Layout = Annotated[
     str | None,
-    typer.Option("--layout", help="mapped (router kept, index map) or native (fewer router rows, plain model)."),
+    typer.Option(
+        "--layout",
+        help="mapped (router kept, index map) or native (fewer router rows, plain model).",
+        autocompletion=completing(LAYOUTS),
+    ),
 ]
 Allocation = Annotated[
-    str | None, typer.Option("--allocation", help="How experts are shared out among layers: global_usage, uniform.")
+    str | None,
+    typer.Option(
+        "--allocation",
+        help=f"How experts are shared out among layers: {', '.join(ALLOCATION)}.",
+        autocompletion=completing(ALLOCATION),
+    ),
 ]
 ExcludeLayer = Annotated[
     list[str] | None,
@@ -45,7 +68,11 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or 
 Output = Annotated[Path, typer.Option("--output", help="Folder for the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
 Calibration = Annotated[
-    str | None, typer.Option("--calibration", help=".txt, .jsonl, .parquet or .npy; without it the text that ships.")
+    str | None,
+    typer.Option(
+        "--calibration",
+        help=".txt, .jsonl, .parquet or .npy, or a folder that `calibrate` wrote; without it the text that ships.",
+    ),
 ]
 Data = Annotated[
     list[str] | None,

@@ -55,12 +55,16 @@ def name_pattern(names: Sequence[str]) -> str:
     return template.format(*(f"{{{span(c)}}}" if len(c) > 1 else str(*c) for c in columns))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on stdout; the first column is text, the others are numbers."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, are_numbers: bool = True
+) -> None:
+    """Print a table on stdout; the first column is text, the others are numbers, or text too."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for position, column in enumerate(columns):
         is_first = position == 0
-        table.add_column(column, justify="left" if is_first else "right", overflow="fold", no_wrap=is_first)
+        table.add_column(
+            column, justify="left" if is_first or not are_numbers else "right", overflow="fold", no_wrap=is_first
+        )
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console = Console(markup=False, highlight=False)

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration
-from ..recipe import Recipe
 from ..types import MoeLayer
+from ..wanted import Wanted
 from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
 
 MOST_BYTES = 2**31  # of kept tokens, for all layers that are collected in one forward
@@ -19,7 +19,7 @@ def collect_first(
     layers: list[MoeLayer],
     tied: Mapping[MoeLayer, MoeLayer],
     data: Calibration,
-    recipe: Recipe,
+    wanted: Wanted,
     progress: bool,
 ) -> dict[str, Collected]:
     """One forward over the calibration data: statistics of all layers, and their tokens if these fit in memory.
@@ -29,12 +29,12 @@ def collect_first(
         layers: The layers to compress.
         tied: Layers that share the experts of one of `layers`.
         data: What to run.
-        recipe: What is asked.
+        wanted: What to collect.
         progress: Show a progress bar.
     """
-    at_once = len(groups_of_layers(layers, data, recipe)) == 1
-    how = {"seed": recipe.seed, "progress": progress, **amounts(recipe, keeps_tokens=at_once)}
-    return collect(model, [*layers, *tied], data, recipe.statistics_needed(), **how)
+    at_once = fits_at_once(layers, data, wanted)
+    how = {"progress": progress, **amounts(wanted, keeps_tokens=at_once)}
+    return collect(model, [*layers, *tied], data, wanted.statistics, **how)
 
 
 def visits(
@@ -42,7 +42,7 @@ def visits(
     layers: list[MoeLayer],
     tied: Mapping[MoeLayer, MoeLayer],
     data: Calibration,
-    recipe: Recipe,
+    wanted: Wanted,
     collected: dict[str, Collected],
 ) -> Iterator[tuple[MoeLayer, Collected]]:
     """Each layer once, with what it is to be compressed on. Compress it before asking for the next one.
@@ -57,40 +57,46 @@ def visits(
         layers: As for `collect_first`.
         tied: As for `collect_first`.
         data: As for `collect_first`.
-        recipe: As for `collect_first`.
+        wanted: As for `collect_first`.
         collected: From `collect_first`; emptied on the way.
     """
-    groups = groups_of_layers(layers, data, recipe)
+    groups = groups_of_layers(layers, data, wanted)
     if len(groups) == 1:
         for layer in layers:
             yield layer, collected.pop(layer.name)
         return
-    how: dict[str, Any] = {"seed": recipe.seed, "progress": False, **amounts(recipe, keeps_tokens=True)}
-    needs = recipe.statistics_needed() if recipe.sequential else frozenset()
-    for group in groups if recipe.sequential else reversed(groups):
+    how: dict[str, Any] = {"progress": False, **amounts(wanted, keeps_tokens=True)}
+    needs = wanted.statistics if wanted.sequential else frozenset()
+    for group in groups if wanted.sequential else reversed(groups):
         shared = [*group, *(other for other, first in tied.items() if first in group)]
         again = collect(model, shared, data, needs, **how)
         for layer in group:
             first, now = collected.pop(layer.name), again.pop(layer.name)
-            yield layer, now if recipe.sequential else dataclasses.replace(now, statistics=first.statistics)
+            yield layer, now if wanted.sequential else dataclasses.replace(now, statistics=first.statistics)
 
 
-def amounts(recipe: Recipe, *, keeps_tokens: bool) -> dict[str, int]:
-    """How many tokens a forward keeps of each layer, and how many it gives to every expert; for `collect`."""
+def amounts(wanted: Wanted, *, keeps_tokens: bool) -> dict[str, int]:
+    """How many tokens a forward keeps of a layer, how many it gives to every expert, and the seed; for `collect`."""
     return {
-        "held_out_tokens": FIT_HELD_OUT_TOKENS if recipe.needs_inputs else HELD_OUT_TOKENS,
-        "calibration_tokens": recipe.fit_tokens if recipe.needs_inputs and keeps_tokens else 0,
-        "every_expert_tokens": recipe.every_expert_tokens,
+        "seed": wanted.seed,
+        "held_out_tokens": FIT_HELD_OUT_TOKENS if wanted.keeps_tokens else HELD_OUT_TOKENS,
+        "calibration_tokens": wanted.fit_tokens if wanted.keeps_tokens and keeps_tokens else 0,
+        "every_expert_tokens": wanted.every_expert_tokens,
     }
 
 
-def groups_of_layers(layers: list[MoeLayer], data: Calibration, recipe: Recipe) -> list[list[MoeLayer]]:
+def fits_at_once(layers: list[MoeLayer], data: Calibration, wanted: Wanted) -> bool:
+    """Whether one forward leaves all that is wanted of all layers."""
+    return len(groups_of_layers(layers, data, wanted)) == 1
+
+
+def groups_of_layers(layers: list[MoeLayer], data: Calibration, wanted: Wanted) -> list[list[MoeLayer]]:
     """Neighbouring layers whose tokens are collected together."""
-    if recipe.sequential:
+    if wanted.sequential:
         return [[layer] for layer in layers]
-    if not recipe.needs_inputs:
+    if not wanted.keeps_tokens:
         return [layers]
-    tokens = min(recipe.fit_tokens, data.num_tokens) + FIT_HELD_OUT_TOKENS
+    tokens = min(wanted.fit_tokens, data.num_tokens) + FIT_HELD_OUT_TOKENS
     groups: list[list[MoeLayer]] = []
     room = 0
     for layer in layers:

@@ -171,7 +171,8 @@ def stream(run: StreamingRun, one_pass: bool) -> None:
             saliency_of_layer += saliency.values()
             statistics_of_layer += [one.statistics for one in collected.values()]  # and not the tokens beside them
         description = "pass 2 of 2: merging"
-    how = {"options": run.recipe.allocation_options, "supply": {"statistics_of_layer": lambda: statistics_of_layer}}
+    supply = {"statistics_of_layer": lambda: statistics_of_layer, "seed": lambda: run.recipe.seed}
+    how = {"options": run.recipe.allocation_options, "supply": supply}
     allotted = ALLOCATION.call(run.recipe.allocation, saliency_of_layer, budget, **how)
     names = [layer.name for layer in layers]
     run.compress(

@@ -12,13 +12,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration
-from ..compress import check_finite, saliency_of
 from ..layer_compression import compress_layer
 from ..layer_inputs import LayerInputs, TensorOfBlock
 from ..modeling.merged_model import merged_class
 from ..outcome import count
+from ..pipeline import check_finite, saliency_of
 from ..recipe import Recipe
 from ..types import LayerReport, LayerStatistics, MoeLayer
+from ..wanted import wanted_by
 from .decoder_stack import DecoderStack
 from .hidden_states import HiddenStates
 from .in_memory import Collected, collect
@@ -229,7 +230,7 @@ class StreamingRun:
     def _forward(self, index: int) -> dict[str, Collected]:
         """What a forward leaves of the MoE layers in decoder layer `index`; its outputs replace the hidden states."""
         start = time.perf_counter()
-        needs = self.recipe.statistics_needed()
+        wanted = wanted_by(self.recipe)
         with self.hidden_states.written(index) as writer, self.stack.only(index) as run:
 
             def forward(position: int, inputs: dict[str, Any]) -> None:
@@ -242,11 +243,10 @@ class StreamingRun:
                 self.model,
                 self.layers_of[index],
                 self.data,
-                needs,
-                seed=self.recipe.seed,
+                wanted.statistics,
                 progress=False,
                 forward=forward,
-                **amounts(self.recipe, keeps_tokens=True),
+                **amounts(wanted, keeps_tokens=True),
             )
         self.summary.add_seconds("forward", start)
         self.summary.bytes_written += writer.num_bytes

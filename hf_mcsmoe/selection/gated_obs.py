@@ -20,8 +20,8 @@ def saliency_by_gated_obs(
 
     after which `down` and H^-1 are updated (Hassibi & Stork, 1993, "Second order derivatives for network pruning").
     Neurons go in blocks: the cheapest `block` of those left, then the update. A neuron's saliency is the cost of its
-    own removal after all that went before it, made non-decreasing, so the most salient neurons of all experts
-    together, for any budget, are what the elimination leaves in each.
+    own removal after all that went before it, made increasing, so the most salient neurons of all experts together,
+    for any budget, are what the elimination leaves in each.
 
     The gates make costs of different experts of a layer comparable. Products of neurons of different experts are
     left out, because an expert's own Gram is all that has to be kept and inverted: N matrices (I, I) instead of one
@@ -77,7 +77,19 @@ def removal_costs(inverse: Tensor, down: Tensor, block: float) -> Tensor:
     # Removing a set R costs |L^-1 down_R|^2 with L L^T = [H^-1]_RR; one factorization gives every nested set.
     factor = torch.linalg.cholesky(inverse[order[:, None], order])
     costs = torch.linalg.solve_triangular(factor, down[order], upper=False).square().sum(1)
-    return torch.empty_like(costs).index_copy(0, order, costs.cummax(0).values)
+    return torch.empty_like(costs).index_copy(0, order, increasing(costs))
+
+
+def increasing(costs: Tensor) -> Tensor:
+    """Largest cost so far, (I,); where that stays the same it grows by a unit in the last place each time.
+
+    So what goes later is more salient: equal costs would be told apart by the place of the neuron in its expert.
+    """
+    largest, place = costs.cummax(0)[0], torch.arange(len(costs), device=costs.device)
+    is_new = largest.diff(prepend=largest.new_full((1,), -1.0)) > 0
+    start_of_run = torch.where(is_new, place, 0).cummax(0)[0]
+    steps = (place - start_of_run).to(largest.dtype)
+    return largest * (1 + steps * torch.finfo(largest.dtype).eps)
 
 
 def elimination_order(inverse: Tensor, down: Tensor, block: float) -> Tensor:

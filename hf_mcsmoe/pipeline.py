@@ -1,0 +1,137 @@
+"""The steps of a recipe on a whole model in memory: statistics, budgets, then layer after layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .allocation import ALLOCATION
+from .calibration import Calibration
+from .executors.in_memory import Collected, reached
+from .executors.kept_inputs import collect_first, visits
+from .families import find_layers, tied_layers
+from .layer_compression import compress_layer, follow
+from .layouts import budget_of_layer, native_target, resolve_layers
+from .modeling.offload import fetched
+from .outcome import conclude, count
+from .recipe import Recipe
+from .saliency import SALIENCY
+from .saved_statistics import SavedStatistics
+from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
+from .wanted import wanted_by
+
+logger = logging.get_logger(__name__)
+
+
+def compress_in_memory(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    data: Calibration | SavedStatistics,
+    *,
+    progress: bool,
+    start: float,
+    collected: Mapping[str, Collected] | None = None,
+) -> CompressionReport:
+    """Statistics in one pass, then each layer in order. `model` was checked; it is changed in place.
+
+    Args:
+        model: The original.
+        recipe: What to do.
+        data: What to calibrate on, or what calibration left.
+        progress: Show progress bars.
+        start: `time.perf_counter()` when the work began.
+        collected: What calibration left in memory, with all that the recipe needs; not for a sequential recipe.
+    """
+    found = find_layers(model)
+    layers, excluded = resolve_layers(found, recipe)
+    first_of_tied = tied_layers(found)
+    tied = {layer: first for layer in found if (first := first_of_tied.get(layer.name)) in layers}
+    before = count(model)
+    check_finite(layers)
+    wanted = wanted_by(recipe)
+    if isinstance(data, SavedStatistics):
+        collected = data
+    is_collected = collected is not None
+    collected = collected if is_collected else collect_first(model, layers, tied, data, wanted, progress)
+    statistics = data.statistics() if isinstance(data, SavedStatistics) else reached(collected)
+    layers, warnings = leave_unreached(layers, statistics, recipe)
+    allotted = dict(zip(layers, allocate(layers, recipe, statistics), strict=True))
+    native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
+    reports: dict[str, LayerReport] = {}
+    layouts: dict[str, Any] = {}
+    if is_collected:
+        todo = ((layer, collected[layer.name]) for layer in layers)
+    else:
+        todo = visits(model, layers, tied, data, wanted, collected)
+    for layer, of_layer in tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2):
+        report, layout = compress_layer(layer, recipe, of_layer, allotted[layer])
+        reports[layer.name], layouts[layer.name] = report, layout
+        for other in [other for other, first in tied.items() if first is layer]:
+            follow(other, layer, report, layout, recipe)
+            layouts[other.name] = layout
+    if tied:
+        model.tie_weights()
+    layouts = {layer.name: layouts[layer.name] for layer in found if layer.name in layouts}
+    in_order = [reports[layer.name] for layer in layers]
+    how = {"native": native, "before": before, "start": start, "warnings": warnings}
+    conclude(model, recipe, data, layers, in_order, layouts, **how)
+    return model.compression_report
+
+
+def allocate(layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics]) -> list[int]:
+    """Experts that each layer keeps, by the recipe's allocation rule."""
+    saliency_of_layer = [saliency_of(layer, recipe, statistics[layer.name]) for layer in layers]
+    supply = {"statistics_of_layer": lambda: [statistics[layer.name] for layer in layers], "seed": lambda: recipe.seed}
+    how = {"options": recipe.allocation_options, "supply": supply}
+    return ALLOCATION.call(recipe.allocation, saliency_of_layer, budget_of_layer(layers, recipe), **how)
+
+
+def saliency_of(layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics) -> Tensor:
+    """The recipe's saliency of each expert of a layer, (N,)."""
+    with fetched(layer.experts):
+        weights = None
+        if "weights" in SALIENCY.needs(recipe.saliency):
+            weights = layer.family.view(layer, layer.family.stack(layer, layer.expert_parameters))
+        return SALIENCY[recipe.saliency](statistics, weights, **recipe.saliency_options)
+
+
+def leave_unreached(
+    layers: list[MoeLayer], statistics: dict[str, LayerStatistics], recipe: Recipe
+) -> tuple[list[MoeLayer], list[str]]:
+    """The layers that calibration reached, and what to warn of: those for images see no token of a text.
+
+    Raises:
+        ValueError: There are others, and the layout is native, where one M holds for all.
+    """
+    names = [layer.name for layer in layers if layer.name not in statistics]
+    if not names:
+        return layers, []
+    listed = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    if recipe.layout == "native":
+        raise ValueError(
+            f"No calibration token reached {listed}. Give calibration data that uses them (images for vision "
+            "experts), leave them out with exclude_layers, or use layout='mapped', which leaves them as they are."
+        )
+    message = f"No calibration token reached {listed}: left as they are. Give calibration data that uses them."
+    logger.warning(message)
+    return [layer for layer in layers if layer.name in statistics], [message]
+
+
+def check_finite(layers: list[MoeLayer]) -> None:
+    """Raise ValueError for NaN or Inf in the experts of a layer, naming layer and expert."""
+    for layer in layers:
+        with fetched(layer.experts):
+            for name, parameter in layer.family.stack(layer, layer.expert_parameters).items():
+                rows = parameter.detach().flatten(1)
+                # Extremes pass NaN on, and take a tenth of the time and no memory beside isfinite of everything.
+                finite = torch.isfinite(rows.amax(dim=1)) & torch.isfinite(rows.amin(dim=1))
+                if not finite.all():
+                    bad = (~finite).nonzero().flatten().tolist()
+                    raise ValueError(
+                        f"{name} of {layer.name!r} holds NaN or Inf in expert {bad}. "
+                        "The checkpoint is damaged or was saved in a dtype too narrow for it; get a sound copy."
+                    )
