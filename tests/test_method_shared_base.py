@@ -194,6 +194,15 @@ def test_whitened_molae_is_the_best_for_the_outputs(case):
         np.testing.assert_allclose(got["down"][expert], expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("rule", ["aligned_residuals", "latent_projection"])
+def test_half_precision_gives_the_float32_matrices_but_for_rounding(rule, case):
+    _, weights, usage, _ = case
+    narrow = ExpertWeights(**{name: t.bfloat16() for name, t in weights.tensors().items()})
+    wide = ExpertWeights(**{name: t.float() for name, t in narrow.tensors().items()})
+    for name, expected in dense(call(rule, wide, 0.5, usage)).items():
+        np.testing.assert_allclose(dense(call(rule, narrow, 0.5, usage))[name], expected, rtol=2**-5, atol=2**-8)
+
+
 # --- alignment
 
 

@@ -48,9 +48,12 @@ def changes_of(method):
 
 
 def solves(name):
-    """Whether a preset solves systems with what layers were given, where a bfloat16 model gives them other numbers."""
+    """Whether a preset solves systems with what layers were given, where a bfloat16 model gives them other numbers.
+
+    Or whether it gives factors, of which only the product is the same whatever the rounding.
+    """
     recipe = recipe_from_preset(**changes_of(name))
-    return recipe.needs_inputs or recipe.decomposition is not None
+    return recipe.needs_inputs or recipe.decomposition is not None or recipe.shared_base is not None
 
 
 def choices(model):
