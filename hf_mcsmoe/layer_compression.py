@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .apportion import apportion
 from .decomposition import DECOMPOSITION
 from .executors.in_memory import Collected
 from .expert_decomposition import decompose_experts
@@ -21,7 +21,7 @@ from .layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_re
 from .matching import MATCHING
 from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
 from .modeling.experts import install_mapped, install_native, replace_experts
-from .modeling.install_forms import install_low_rank_sparse, install_ragged
+from .modeling.install_forms import install_low_rank_sparse, install_ragged, install_ranked_low_rank
 from .recipe import Recipe
 from .router_treatment import cut_router
 from .routing import ROUTING
@@ -52,7 +52,7 @@ def compress_layer(
     start = time.perf_counter()
     before = routed_output(layer, collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
-    new_size = expert_size(layer, recipe) if recipe.decomposition is not None else size
+    new_size = expert_size(layer, recipe) if recipe.decomposes(layer.num_slots) else size
     new_sizes = shared_sizes(layer, recipe) if recipe.shares_experts else expert_sizes(layer, num_experts, new_size)
     original = functools.cache(lambda: original_tokens(layer, collected))
     merged = merge_layer(layer, recipe, collected.statistics, num_experts, original)
@@ -204,8 +204,8 @@ def install(
         weights = fitted.experts.to_uniform(int(fitted.experts.widths.max())).tensors()
         stacked = layer.family.unview(layer, ExpertWeights(**{name: t.to(dtype) for name, t in weights.items()}))
         parameters = {name: stacked.get(name, tensor) for name, tensor in parameters.items()}
-    if recipe.decomposition is not None:
-        decompose(layer, recipe, layer.family.view(layer, parameters), tokens, routing.slot_map, layout)
+    if recipe.decomposes(layer.num_slots):
+        decompose(layer, recipe, merged, layer.family.view(layer, parameters), tokens, layout)
     elif routing.slot_map is not None:
         install_mapped(layer, parameters, routing.slot_map, layout)
     elif is_cut:
@@ -217,17 +217,27 @@ def install(
 def decompose(
     layer: MoeLayer,
     recipe: Recipe,
+    merged: MergedLayer,
     weights: ExpertWeights,
     tokens: LayerTokens | None,
-    slot_map: Tensor,
     layout: dict[str, Any],
 ) -> None:
     """Put the decomposition of M merged experts into a layer."""
     grams = None
     if tokens is not None:
         grams = sum_input_grams(as_float32(weights), tokens.activation, tokens.calibration)
-    factors, biases = decompose_experts(weights, recipe.decomposition, recipe.decomposition_options, grams)
-    install_low_rank_sparse(layer, factors, biases, slot_map, layout)
+    ranks = ranks_of_experts(layer, recipe, merged) if recipe.is_ranked else None
+    factors, biases = decompose_experts(weights, recipe.decomposition, recipe.decomposition_options, grams, ranks)
+    install_factors = install_low_rank_sparse if ranks is None else install_ranked_low_rank
+    install_factors(layer, factors, biases, merged.routing.slot_map, layout)
+
+
+def ranks_of_experts(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> list[int]:
+    """The rank of each of the M experts, in proportion to how important the members of its group are together."""
+    shape = (layer.intermediate_size, layer.hidden_size)
+    groups = merged.groups
+    importance = [merged.importance[groups.members(group)].sum().item() for group in range(groups.num_groups)]
+    return apportion(importance, groups.num_groups * recipe.mean_rank(layer.num_slots, shape), 1, min(shape))
 
 
 def is_full(layer: MoeLayer, experts: PackedExperts) -> bool:

@@ -30,6 +30,8 @@ class MergedLayer:
     groups: ExpertGroups
     routing: Routing
     parameters: dict[str, Tensor]  # M experts as the family stacks them
+    importance: Tensor | None = None  # (N,): of the original experts
+    transfer: Tensor | None = None  # (N, M) shares of experts that went into groups; None: whole members
 
 
 def merge_layer(
@@ -52,13 +54,14 @@ def merge_layer(
         old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         weights = layer.family.view(layer, old)
         supply = {"statistics": lambda: statistics, "tokens": original, "weights": lambda: weights}
+        supply["seed"] = lambda: recipe.seed
         groups = group_experts(layer, recipe, statistics, weights, num_experts, supply)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
         for name, rows in layer.passive_expert_rows.items():
             new[name] = torch.cat([new[name], rows.detach()])
-    return MergedLayer(groups, ROUTING[recipe.layout](groups), new)
+    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, importance)
 
 
 def group_experts(

@@ -126,7 +126,7 @@ def _layer_plan(
 def _layer_after(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     if recipe.shares_experts:
         return shared_sizes(layer, recipe)
-    decomposed_by = recipe if recipe.decomposition is not None else None
+    decomposed_by = recipe if recipe.decomposes(layer.num_slots) else None
     sizes = expert_sizes(layer, num_experts, expert_size(layer, decomposed_by))
     gone = num_experts * layer.intermediate_size - neurons_of_layer(layer, recipe, num_experts)
     return sizes - neuron_sizes(layer, num_experts, gone) if gone else sizes
@@ -149,7 +149,7 @@ def _routing_change(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     full = num_experts * layer.intermediate_size
     offsets = num_experts + 1 if neurons_of_layer(layer, recipe, num_experts) < full else 0
     has_rows = recipe.shares_experts and SHARED_BASE.trait(recipe.shared_base, "shares") == "base"
-    if recipe.decomposition is not None or has_rows:  # and of each matrix, where the rows of experts start
+    if recipe.decomposes(layer.num_slots) or has_rows:  # and of each matrix, where rows or ranks of experts start
         offsets = (3 if layer.format.has_gate else 2) * (num_experts + 1)
     return Sizes(0, 0, 0, (layer.num_slots + layer.num_identity_slots + offsets) * INDEX_BYTES, 0, 0)
 
@@ -172,7 +172,7 @@ def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_p
         )
         if len({layer.bytes_per_expert for layer in kept}) > 1:
             notes.append("Experts differ in size between layers, so the totals are estimates.")
-    if any(layer.expert_bytes_after > layer.expert_bytes_before for layer in layer_plans):
+    if not recipe.is_ranked and any(layer.expert_bytes_after > layer.expert_bytes_before for layer in layer_plans):
         asked = DECOMPOSITION.options(recipe.decomposition) | recipe.decomposition_options
         size = f"rank {asked['rank'] or DEFAULT_RANK}"
         size = size if asked["parameter_ratio"] is None else f"parameter_ratio {asked['parameter_ratio']}"

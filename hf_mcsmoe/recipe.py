@@ -80,7 +80,8 @@ class Recipe:
         selection: Saliency of single neurons, of which the least salient go; None keeps experts whole. In the
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
-            keeps all experts.
+            keeps all experts. With a ranked decomposition the share that stays, whose ranks take the rest of `keep`;
+            None takes the root of `keep`.
         shared_base: What all experts of a layer share, of which each keeps a small part of its own; all experts and
             the router stay, in the mapped layout. None stores experts one by one.
         router: What the rows of a router that is cut become, in the native layout; None, or a rule that does not lower
@@ -178,15 +179,18 @@ class Recipe:
             value = getattr(self, name)
             if not (is_number(value, int) and value >= 1):
                 raise ValueError(f"{name} is {value!r}, it must be a whole number >= 1.")
-        if self.selection is None:
+        is_ranked = self.decomposition in DECOMPOSITION and self.is_ranked
+        if self.selection is None and not is_ranked:
             if self.keep_experts is not None:
                 raise ValueError(
                     f"keep_experts is {self.keep_experts}, but selection is None. Use keep, or name a selection."
                 )
             return
         if self.num_experts is not None:
+            what = f"decomposition {self.decomposition!r} keeps ranks"
+            what = what if is_ranked else f"selection {self.selection!r} keeps neurons"
             raise ValueError(
-                f"num_experts is {self.num_experts}, but selection {self.selection!r} keeps neurons. "
+                f"num_experts is {self.num_experts}, but {what}. "
                 "Use keep, and keep_experts for the share of the experts."
             )
         if self.keep_experts is None:
@@ -216,7 +220,7 @@ class Recipe:
                 f"allocation is {self.allocation!r}, but layout 'native' needs the same number of experts in all "
                 "layers. Use allocation='uniform' or layout='mapped'."
             )
-        if self.keep_experts is not None and self.allocation != "uniform":
+        if self.keep_experts is not None and self.selection is not None and self.allocation != "uniform":
             raise ValueError(
                 f"allocation is {self.allocation!r}, but with keep_experts all layers keep the same number of "
                 "neurons, which some could not hold. Use allocation='uniform', or leave keep_experts out."
@@ -248,6 +252,11 @@ class Recipe:
             raise ValueError(
                 f"decomposition is {self.decomposition!r} and selection is {self.selection!r}, but experts of "
                 "different widths cannot be decomposed. Leave one of them out."
+            )
+        if self.is_ranked and "rank" in self.decomposition_options:
+            raise ValueError(
+                f"decomposition {self.decomposition!r} has no option 'rank': ranks follow from keep. Leave it out, "
+                "and use keep_experts for the share of the experts."
             )
         check_budget(self.decomposition_options)
 
@@ -281,7 +290,10 @@ class Recipe:
             return self.num_experts
         if self.shared_base is not None:
             return num_experts
-        share = self.keep if self.selection is None else self.keep_experts or 1.0
+        if self.is_ranked:
+            share = self.keep_experts or math.sqrt(self.keep)
+        else:
+            share = self.keep if self.selection is None else self.keep_experts or 1.0
         return max(1, math.floor(share * num_experts + 0.5))
 
     def neurons_per_layer(self, num_experts: int, width: int, num_kept: int) -> int:
@@ -298,6 +310,26 @@ class Recipe:
             unit = math.gcd(width, ALIGNED_NEURONS)
             return num_kept * min(width, unit * max(1, math.floor(share / (num_kept * unit) + 0.5)))
         return min(num_kept * width, max(1, math.floor(share + 0.5)))
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether `keep` is divided between the experts that stay and the ranks of their matrices."""
+        return self.decomposition is not None and bool(DECOMPOSITION.trait(self.decomposition, "ranked"))
+
+    def decomposes(self, num_experts: int) -> bool:
+        """Whether experts of a layer of `num_experts` become factors: not where a ranked budget is met without."""
+        if not self.is_ranked:
+            return self.decomposition is not None
+        return self.keep * num_experts < self.experts_per_layer(num_experts)
+
+    def mean_rank(self, num_experts: int, shape: tuple[int, int]) -> int:
+        """Rank of a matrix (O, I) of the experts that stay of `num_experts`, with a ranked decomposition on average.
+
+        The largest with which they take at most the share `keep` of the numbers of all; at least 1.
+        """
+        outputs, inputs = shape
+        share = self.keep * num_experts / self.experts_per_layer(num_experts)
+        return max(1, math.floor(share * outputs * inputs / (outputs + inputs)))
 
     @property
     def shares_experts(self) -> bool:

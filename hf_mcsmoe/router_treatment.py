@@ -55,7 +55,7 @@ def cut_router(
     old = read_rows(layer, place, layer.num_slots)
     supply = {
         "tokens": lambda: router_inputs(layer, place, collected.calibration),
-        "transfer": lambda: membership(groups),
+        "transfer": lambda: membership(groups) if merged.transfer is None else merged.transfer,
     }
     new = ROUTER_ROWS.call(recipe.router, old, groups, options=recipe.router_options, supply=supply)
     install_native(layer, merged.parameters, rows, groups.group_of_expert)

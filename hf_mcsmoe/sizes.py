@@ -121,18 +121,24 @@ def expert_size(layer: MoeLayer, decomposed_by: Recipe | None = None) -> ExpertS
 
     Args:
         layer: The layer.
-        decomposed_by: A recipe with a decomposition; None for the expert as it is.
+        decomposed_by: A recipe with a decomposition; None for the expert as it is. With a ranked one it is the size
+            of an average expert, and M of them have exactly M times that.
     """
     width, hidden = layer.intermediate_size, layer.hidden_size
     shapes = [(width, hidden)] * (2 if layer.format.has_gate else 1) + [(hidden, width)]
     entries = sum(rows * columns for rows, columns in shapes)
     if decomposed_by is None:
         return ExpertSize(layer.parameters_per_expert, layer.bytes_per_expert, entries)
-    budget = DECOMPOSITION.options(decomposed_by.decomposition) | decomposed_by.decomposition_options
-    kept_rows = [num_kept_rows(budget["keep_rows"], rows) for rows, _ in shapes]
+    if decomposed_by.is_ranked:
+        kept_rows = [0] * len(shapes)
+        ranks = [decomposed_by.mean_rank(layer.num_slots, shape) for shape in shapes]
+    else:
+        budget = DECOMPOSITION.options(decomposed_by.decomposition) | decomposed_by.decomposition_options
+        kept_rows = [num_kept_rows(budget["keep_rows"], rows) for rows, _ in shapes]
+        ranks = [resolve_rank(shape, budget["rank"], budget["parameter_ratio"]) for shape in shapes]
     factors = sum(
-        resolve_rank((rows, columns), budget["rank"], budget["parameter_ratio"]) * (rows + columns) + kept * columns
-        for (rows, columns), kept in zip(shapes, kept_rows, strict=True)
+        rank * (rows + columns) + kept * columns
+        for (rows, columns), rank, kept in zip(shapes, ranks, kept_rows, strict=True)
     )
     element_size = max(layer.expert_parameters.values(), key=Tensor.numel).element_size()
     return ExpertSize(

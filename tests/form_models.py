@@ -6,11 +6,16 @@ from tiny_models import tiny_model
 from hf_mcsmoe.expert_values import LowRankSparse, PackedExperts, SharedBase, SharedProjection
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.modeling import merged_class
-from hf_mcsmoe.modeling.install_forms import install_low_rank_sparse, install_ragged, install_shared
+from hf_mcsmoe.modeling.install_forms import (
+    install_low_rank_sparse,
+    install_ragged,
+    install_ranked_low_rank,
+    install_shared,
+)
 from hf_mcsmoe.types import ExpertWeights
 
 FORMED = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "switch_transformers")
-FORM_NAMES = ("ragged", "low_rank_sparse", "shared_base", "shared_projection")
+FORM_NAMES = ("ragged", "low_rank_sparse", "shared_base", "shared_projection", "ranked_low_rank")
 IDS = torch.randint(3, 150, (2, 9), generator=torch.Generator().manual_seed(0))
 RANK = 8
 
@@ -79,6 +84,13 @@ def shared_projection_part(weights, generator, rank=RANK):
     return SharedProjection(inward, outward.T.contiguous(), latent, biases(weights))
 
 
+def ranked_part(weights):
+    """Factors of each matrix, of rank 3 in the first expert and one more in each next one."""
+    matrices = {name: t for name, t in weights.tensors().items() if not name.endswith("_bias")}
+    none = {name: torch.zeros(t.shape[1], dtype=torch.bool) for name, t in matrices.items()}
+    return {name: [split(m, 3 + e, none[name]) for e, m in enumerate(t)] for name, t in matrices.items()}
+
+
 def biases(weights):
     """The biases of each matrix, where there are any."""
     return {name.removesuffix("_bias"): t for name, t in weights.tensors().items() if name.endswith("_bias")}
@@ -107,6 +119,8 @@ def change_layer(layer, form, num_experts, generator, source=None, **options):
         install_ragged(layer, ragged_part(weights, generator), slot_map, entry)
     elif form == "shared_base":
         install_shared(layer, shared_base_part(weights, generator), slot_map, entry)
+    elif form == "ranked_low_rank":
+        install_ranked_low_rank(layer, ranked_part(weights), biases(weights), slot_map, entry)
     elif form == "shared_projection":
         install_shared(layer, shared_projection_part(weights, generator), slot_map, entry)
     else:

@@ -70,8 +70,8 @@ def test_the_slow_reference_is_what_experts_compute(family, form, implementation
 @pytest.mark.parametrize("form", FORM_NAMES)
 def test_what_runs_on_gpus_is_what_runs_on_the_cpu(form, function):
     module = ragged if form == "ragged" else stack_products
-    if not hasattr(module, function):
-        return
+    if not hasattr(module, function) or (form, function) == ("ranked_low_rank", "stacked"):
+        return  # there is no grouped kernel for these
     for family in ("qwen3_moe", "gpt_oss", "nemotron_h"):
         layer = find_layers(tiny_model(family))[0]
         change_layer(layer, form, 5, torch.Generator().manual_seed(1))

@@ -10,6 +10,7 @@ from .experts import attach_expert_map
 from .forms import check_forms
 from .forms.low_rank_sparse import LowRankSparseExperts, matrix_sizes
 from .forms.ragged import RaggedExperts
+from .forms.ranked_low_rank import RankedLowRankExperts
 from .forms.shared_base import SharedBaseExperts
 from .forms.shared_projection import SharedProjectionExperts
 
@@ -63,6 +64,33 @@ def install_low_rank_sparse(
     attach_expert_map(layer, layout, slot_map)
 
 
+def install_ranked_low_rank(
+    layer: MoeLayer,
+    factors: dict[str, list[LowRankSparse]],
+    biases: dict[str, Tensor],
+    slot_map: Tensor,
+    layout: dict[str, Any],
+) -> None:
+    """Replace a layer's experts by M of low ranks that may differ, without kept rows, behind a map; in place.
+
+    Args:
+        layer: The layer as found in the original model.
+        factors: As for `install_low_rank_sparse`, of any ranks.
+        biases: As there.
+        slot_map: (N,) int64 in [-1, M).
+        layout: See `attach_expert_map`; `form` and `num_ranks` are added.
+
+    Raises:
+        ValueError: The layer cannot have this form, or the factors do not fit it.
+    """
+    check_forms(layer)
+    check_factors(layer, factors, biases, layout["num_experts"], one_rank=False)
+    if any(one.rows.numel() for of_expert in factors.values() for one in of_expert):
+        raise ValueError(f"{layer.name!r} was given kept rows, which experts of different ranks have no place for.")
+    layout |= RankedLowRankExperts.install(layer, factors, biases)
+    attach_expert_map(layer, layout, slot_map)
+
+
 def install_shared(
     layer: MoeLayer, shared: SharedBase | SharedProjection, slot_map: Tensor, layout: dict[str, Any]
 ) -> None:
@@ -112,7 +140,12 @@ def check_linear_output(layer: MoeLayer) -> None:
 
 
 def check_factors(
-    layer: MoeLayer, factors: dict[str, list[LowRankSparse]], biases: dict[str, Tensor], num_experts: int
+    layer: MoeLayer,
+    factors: dict[str, list[LowRankSparse]],
+    biases: dict[str, Tensor],
+    num_experts: int,
+    *,
+    one_rank: bool = True,
 ) -> None:
     """Raise ValueError for factors of `num_experts` experts that do not fit a layer."""
     sizes = matrix_sizes(layer)
@@ -125,7 +158,7 @@ def check_factors(
     ranks = {one.rank for of_expert in factors.values() for one in of_expert}
     for matrix, of_expert in factors.items():
         shapes = {one.shape for one in of_expert}
-        if len(of_expert) != num_experts or shapes != {sizes[matrix]} or len(ranks) != 1:
+        if len(of_expert) != num_experts or shapes != {sizes[matrix]} or (one_rank and len(ranks) != 1):
             raise ValueError(
                 f"{matrix} of {layer.name!r} needs {num_experts} factors of shape {sizes[matrix]} and one rank, "
                 f"got {len(of_expert)} of {sorted(shapes)} with ranks {sorted(ranks)}."
