@@ -18,6 +18,7 @@ from hf_mcsmoe.outcome import count
 from hf_mcsmoe.planning import plan
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.saliency import SALIENCY
+from hf_mcsmoe.sizes import measure
 from hf_mcsmoe.types import LayerStatistics
 
 MODELS = {"mixtral": {}, "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4}}
@@ -223,6 +224,7 @@ def test_plan_report_and_model_agree_and_the_budget_is_kept(family, original, to
     assert count(result) == (report.total_parameters_after, report.total_bytes_after)
     assert report.total_parameters_after == planned.total_parameters_after
     assert sum(r.parameters_after for r in report.layers) == planned.expert_parameters_after
+    assert measure(result, []).total_bytes == planned.total_bytes_after
     assert sum(r.num_experts_after for r in report.layers) == 6 * len(report.layers)
     biases = 3 * 8 * 100 if family == "gpt_oss" else 0
     assert planned.expert_parameters_after <= 0.4 * planned.expert_parameters_before + biases

@@ -322,6 +322,7 @@ def test_plan_report_model_and_checkpoint_agree(rule, family, original, tokens, 
     assert sum(r.bytes_after for r in report.layers) == planned.expert_bytes_after
     assert planned.expert_parameters_after <= 0.6 * planned.expert_parameters_before + 8 * 3 * 200  # biases stay
     sizes = measure(result, [])
+    assert sizes.total_bytes == planned.total_bytes_after
     assert (sizes.flops_per_token, sizes.active_parameters) == (
         planned.flops_per_token_after,
         planned.active_parameters_after,
