@@ -25,7 +25,7 @@ from .modeling.install_forms import install_low_rank_sparse, install_ragged, ins
 from .recipe import Recipe
 from .router_treatment import cut_router
 from .routing import ROUTING
-from .sizes import expert_size, expert_sizes, neuron_size, shared_sizes
+from .sizes import Sizes, expert_size, expert_sizes, neuron_size, shared_sizes
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
 
 # Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
@@ -52,26 +52,16 @@ def compress_layer(
     start = time.perf_counter()
     before = routed_output(layer, collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
-    new_size = expert_size(layer, recipe) if recipe.decomposes(layer.num_slots) else size
-    new_sizes = shared_sizes(layer, recipe) if recipe.shares_experts else expert_sizes(layer, num_experts, new_size)
+    new_sizes = sizes_after(layer, recipe, num_experts)
     original = functools.cache(lambda: original_tokens(layer, collected))
     merged = merge_layer(layer, recipe, collected.statistics, num_experts, original)
     share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
-    layout = {
-        "num_experts": num_experts,
-        "num_slots": layer.num_slots,
-        "has_dropped": bool((merged.groups.group_of_expert < 0).any()),
-        "collapse_duplicates": worth_collapsing(recipe, share),
-    }
+    layout = layout_of_layer(layer, merged.groups, worth_collapsing(recipe, share))
     of_original = original() if reads_tokens(recipe) else None  # before the router and the experts become others
     is_cut = is_router_cut(layer, merged) and (reads_tokens(recipe) or recipe.router is not None)
     rows = cut_router(layer, recipe, merged, collected, before) if is_cut else None
     tokens = tokens_of_layer(layer, collected, merged, of_original) if of_original is not None else None
-    fitted = None
-    if recipe.is_fitted and not is_unchanged(layer, recipe, merged):
-        fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
-        if recipe.matching is not None:
-            fitted = match_layer(layer, recipe, collected, tokens, fitted)
+    fitted = fit_and_match(layer, recipe, merged, tokens, collected) if recipe.is_fitted else None
     if recipe.shares_experts:
         share_experts(layer, recipe, merged, collected.statistics, original, layout)
     else:
@@ -103,6 +93,33 @@ def compress_layer(
         router_error_after=rows.rule if rows is not None else None,
     )
     return report, layout
+
+
+def layout_of_layer(layer: MoeLayer, groups: ExpertGroups, collapse_duplicates: bool) -> dict[str, Any]:
+    """A layer's entry in the layout of a mapped checkpoint, but for what the form of its experts adds."""
+    return {
+        "num_experts": groups.num_groups,
+        "num_slots": layer.num_slots,
+        "has_dropped": bool((groups.group_of_expert < 0).any()),
+        "collapse_duplicates": collapse_duplicates,
+    }
+
+
+def sizes_after(layer: MoeLayer, recipe: Recipe, num_experts: int) -> Sizes:
+    """What the M experts of a layer, as found, add to the sizes of the model if they keep all their neurons."""
+    if recipe.shares_experts:
+        return shared_sizes(layer, recipe)
+    return expert_sizes(layer, num_experts, expert_size(layer, recipe if recipe.decomposes(layer.num_slots) else None))
+
+
+def fit_and_match(
+    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens, collected: Collected
+) -> FittedExperts | None:
+    """Select neurons, refit and train, as the recipe says; None where all experts stay as they are."""
+    if is_unchanged(layer, recipe, merged):
+        return None
+    fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
+    return match_layer(layer, recipe, collected, tokens, fitted) if recipe.matching is not None else fitted
 
 
 def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens) -> LayerTokens:

@@ -119,7 +119,7 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
         step is not None for step in (recipe.selection, recipe.decomposition, recipe.router, recipe.shared_base)
     ):
         raise ValueError(
-            f"{named} has layers that share their experts; selection, decomposition, shared_base and router rules "
+            f"{named} has layers that share their experts; selection and decomposition, shared parts and router rules "
             "cannot treat them. Use a recipe without these steps."
         )
     kept, excluded = resolve_layers(layers, recipe)

@@ -1,7 +1,6 @@
 """Recipe: what the user asks for."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
+from .layer_budget import LayerBudget, check_shared_recipe
 from .low_rank import check_budget
 from .matching import MATCHING
 from .merging import MERGING
@@ -49,7 +49,6 @@ OPTIONAL_STEPS = (
     "matching",
     "decomposition",
 )
-ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
 
 
@@ -59,7 +58,7 @@ def is_number(value: Any, kind: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(LayerBudget):
     """Which steps compress the experts, and how far.
 
     Every step is a name in the registry of its folder; `<step>_options` holds that function's options.
@@ -241,7 +240,7 @@ class Recipe:
                 "Use layout='native', or leave router out."
             )
         if self.shared_base is not None:
-            self._check_shared_base()
+            check_shared_recipe(self)
         if self.collapse_duplicates not in (True, False, "auto"):
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
@@ -260,81 +259,10 @@ class Recipe:
             )
         check_budget(self.decomposition_options)
 
-    def _check_shared_base(self) -> None:
-        if self.layout == "native":
-            raise ValueError("shared_base needs layout 'mapped', got 'native'. No plain model can hold a shared part.")
-        if self.num_experts is not None:
-            raise ValueError(
-                f"num_experts is {self.num_experts}, but with shared_base {self.shared_base!r} all experts stay. "
-                "Use keep: the share of the numbers of their matrices."
-            )
-        for step in ("selection", "refit", "matching", "decomposition"):
-            if getattr(self, step) is not None:
-                raise ValueError(
-                    f"shared_base is {self.shared_base!r} and {step} is {getattr(self, step)!r}, which is for experts "
-                    "of their own. Leave one of them out."
-                )
-
     def statistics_needed(self) -> frozenset[str]:
         """Union of the fields of `LayerStatistics` that the steps read."""
         used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
         return frozenset().union(*(registry.needs(name) for registry, name in used)) - NOT_STATISTICS
-
-    def experts_per_layer(self, num_experts: int) -> int:
-        """Average number of experts that a layer of `num_experts` keeps.
-
-        `keep`, or with `selection` `keep_experts`, is rounded half up; the result is at least 1. With
-        `shared_base` all stay.
-        """
-        if self.num_experts is not None:
-            return self.num_experts
-        if self.shared_base is not None:
-            return num_experts
-        if self.is_ranked:
-            share = self.keep_experts or math.sqrt(self.keep)
-        else:
-            share = self.keep if self.selection is None else self.keep_experts or 1.0
-        return max(1, math.floor(share * num_experts + 0.5))
-
-    def neurons_per_layer(self, num_experts: int, width: int, num_kept: int) -> int:
-        """Neurons that a layer of `num_experts` experts of `width` keeps when `num_kept` of the experts stay.
-
-        `keep` is rounded half up: to whole neurons of the layer, or in the native layout to a width for each of the
-        experts. That is a multiple of 8 where `width` is one (of the largest power of 2 that divides `width`, below
-        8): grouped kernels take rows of whole 16 bytes only.
-        """
-        if self.selection is None:
-            return num_kept * width
-        share = self.keep * num_experts * width
-        if self.layout == "native":
-            unit = math.gcd(width, ALIGNED_NEURONS)
-            return num_kept * min(width, unit * max(1, math.floor(share / (num_kept * unit) + 0.5)))
-        return min(num_kept * width, max(1, math.floor(share + 0.5)))
-
-    @property
-    def is_ranked(self) -> bool:
-        """Whether `keep` is divided between the experts that stay and the ranks of their matrices."""
-        return self.decomposition is not None and bool(DECOMPOSITION.trait(self.decomposition, "ranked"))
-
-    def decomposes(self, num_experts: int) -> bool:
-        """Whether experts of a layer of `num_experts` become factors: not where a ranked budget is met without."""
-        if not self.is_ranked:
-            return self.decomposition is not None
-        return self.keep * num_experts < self.experts_per_layer(num_experts)
-
-    def mean_rank(self, num_experts: int, shape: tuple[int, int]) -> int:
-        """Rank of a matrix (O, I) of the experts that stay of `num_experts`, with a ranked decomposition on average.
-
-        The largest with which they take at most the share `keep` of the numbers of all; at least 1.
-        """
-        outputs, inputs = shape
-        share = self.keep * num_experts / self.experts_per_layer(num_experts)
-        return max(1, math.floor(share * outputs * inputs / (outputs + inputs)))
-
-    @property
-    def shares_experts(self) -> bool:
-        """Whether experts become parts of something shared; with `keep=1` they stay as they are."""
-        return self.shared_base is not None and self.keep < 1
 
     @property
     def is_fitted(self) -> bool:

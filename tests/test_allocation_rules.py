@@ -19,20 +19,21 @@ from hf_mcsmoe.types import LayerStatistics
 DROP = {"similarity": None, "grouping": "drop", "alignment": None, "merging": None}
 
 
-def statistics(energies=None, gram=None, size=None):
-    count = torch.ones(size or len(energies if gram is None else gram), dtype=torch.int64)
-    sums = {} if energies is None else {"left_out_energy": torch.tensor(energies, dtype=torch.float64)}
-    return LayerStatistics(1, count, sums if gram is None else {**sums, "chosen_gram": gram})
+def statistics(gram):
+    return LayerStatistics(1, torch.ones(len(gram), dtype=torch.int64), {"chosen_gram": gram})
 
 
 def inverse(energies, budgets, **options):
     saliencies = [torch.zeros(len(row)) for row in energies]
-    found = [statistics(row) for row in energies]
+    # What is off the diagonal does not matter for single experts.
+    found = [
+        statistics(torch.diag(torch.tensor(row, dtype=torch.float64)) - 1 + torch.eye(len(row))) for row in energies
+    ]
     return ALLOCATION["inverse_sensitivity"](saliencies, budgets, statistics_of_layer=found, **options)
 
 
 def curve(grams, saliencies, budgets, **options):
-    found = [statistics(gram=gram) for gram in grams]
+    found = [statistics(gram) for gram in grams]
     return ALLOCATION["error_curve"](saliencies, budgets, statistics_of_layer=found, **options)
 
 
@@ -52,7 +53,7 @@ def observed(original, tokens):
         model = original(name, **changes)
         layers = find_layers(model)
         data = load_calibration(tokens, None, held_out_fraction=0, batch_size=5)
-        needs = frozenset({"left_out_energy", "chosen_gram"})
+        needs = frozenset({"chosen_gram"})
         collected = collect(model, layers, data, needs, calibration_tokens=10**6, progress=False)
         found[name] = [
             (layer, collected[layer.name].statistics, collected[layer.name].calibration) for layer in layers
@@ -65,7 +66,7 @@ def test_statistics_say_what_leaving_any_set_of_experts_out_changes(name, observ
     layer, found, inputs = observed[name][1]
     before = routed_output(layer, inputs)
     slots = layer.num_slots
-    assert found["chosen_gram"].shape == (slots, slots) and found["left_out_energy"].shape == (slots,)
+    assert found["chosen_gram"].shape == (slots, slots)
     for left_out in ([0], [slots - 1], [1, 2, 5], list(range(slots))):
         changed = []
         for hidden, index, weights in inputs.experts_inputs:
@@ -75,8 +76,6 @@ def test_statistics_say_what_leaving_any_set_of_experts_out_changes(name, observ
         expected = relative_error(before, changed) * energy
         got = found["chosen_gram"][left_out][:, left_out].sum()
         torch.testing.assert_close(got, torch.as_tensor(expected), rtol=1e-4, atol=1e-8)
-        if len(left_out) == 1:
-            torch.testing.assert_close(found["left_out_energy"][left_out[0]], got, rtol=1e-4, atol=1e-8)
 
 
 def test_padding_skipped_slots_and_chunks_do_not_count(original, monkeypatch):
@@ -93,13 +92,12 @@ def test_padding_skipped_slots_and_chunks_do_not_count(original, monkeypatch):
     sums = []
     for rows, chunk in ((torch.arange(11), 2**24), (mask.nonzero().flatten(), 3 * 2 * layer.hidden_size)):
         monkeypatch.setattr(module, "MOST_OUTPUTS", chunk)
-        accumulator = StatisticsAccumulator(8, frozenset({"chosen_gram", "left_out_energy"}))
+        accumulator = StatisticsAccumulator(8, frozenset({"chosen_gram"}))
         seen = module.ObservedTokens(8, hidden[rows], index[rows], weights[rows], mask[rows])
         accumulator.update(seen, layer)
         sums.append(accumulator.finish("layer").sums)
     for name, value in sums[0].items():
         torch.testing.assert_close(value, sums[1][name], rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(sums[0]["chosen_gram"].diagonal(), sums[0]["left_out_energy"], rtol=1e-5, atol=1e-8)
 
 
 # --- inverse sensitivity

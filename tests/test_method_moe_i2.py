@@ -248,7 +248,8 @@ def test_the_error_of_dropping_is_what_the_search_minimised(original, tokens):
 
 
 def test_saliency_is_the_root_of_the_energy_and_unused_experts_are_zero():
-    sums = {"left_out_energy": torch.tensor([4.0, 0.0, 9.0], dtype=torch.float64)}
+    gram = torch.tensor([[4.0, 0.0, -1.0], [0.0, 0.0, 0.0], [-1.0, 0.0, 9.0]], dtype=torch.float64)
+    sums = {"chosen_gram": gram}
     statistics = LayerStatistics(3, torch.tensor([2, 0, 1]), sums)
     assert SALIENCY["left_out_change"](statistics, None).tolist() == [2.0, 0.0, 3.0]
 

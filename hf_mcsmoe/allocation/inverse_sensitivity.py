@@ -9,7 +9,7 @@ from . import ALLOCATION
 from .limits import check_limits, limits
 
 
-@ALLOCATION.register("inverse_sensitivity", needs=("left_out_energy",), check_budget=check_limits)
+@ALLOCATION.register("inverse_sensitivity", needs=("chosen_gram",), check_budget=check_limits)
 def allocate_by_inverse_sensitivity(
     saliency_of_layer: list[Tensor],
     budget_of_layer: list[int],
@@ -29,7 +29,7 @@ def allocate_by_inverse_sensitivity(
     Args:
         saliency_of_layer: Only their sizes (N,) are read.
         budget_of_layer: How many experts each layer would keep on average; only their sum counts.
-        statistics_of_layer: With `left_out_energy`.
+        statistics_of_layer: With `chosen_gram`.
         min_experts: Least number of experts a layer keeps; the paper keeps top-k.
         max_experts: Largest number of experts a layer keeps; None for no limit.
 
@@ -43,7 +43,7 @@ def allocate_by_inverse_sensitivity(
     most = limits(sizes, total, min_experts, max_experts)
     if total == sum(sizes):
         return sizes  # nothing to measure; streaming has no statistics then
-    sensitivity = [statistics["left_out_energy"].sqrt().sum().item() for statistics in statistics_of_layer]
+    sensitivity = [statistics["chosen_gram"].diagonal().sqrt().sum().item() for statistics in statistics_of_layer]
     gone = [size - limit for size, limit in zip(sizes, most, strict=True)]
     waiting = [(sensitivity[layer] * (2 * gone[layer] + 1), gone[layer], layer) for layer in range(len(sizes))]
     heapq.heapify(waiting)

@@ -6,11 +6,11 @@ from ..types import ExpertWeights, LayerStatistics
 from . import SALIENCY
 
 
-@SALIENCY.register("left_out_change", needs=("left_out_energy",))
+@SALIENCY.register("left_out_change", needs=("chosen_gram",))
 def left_out_change(statistics: LayerStatistics, weights: ExpertWeights) -> Tensor:
     """|F(X) - F without e (X)|_F over the calibration tokens, (N,) float64; 0 for an expert that was never used.
 
     The importance of MoE-I2 (Yang et al., 2024, https://arxiv.org/abs/2411.01016). The weights of a token's other
     experts are taken as they are, not renormalised: what the mapped layout does.
     """
-    return statistics["left_out_energy"].sqrt()
+    return statistics["chosen_gram"].diagonal().sqrt()

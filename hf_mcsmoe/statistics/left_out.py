@@ -3,27 +3,18 @@
 import torch
 from torch import Tensor
 
-from ..observed import ChosenOutputs, ExpertTokens
+from ..observed import ChosenOutputs
 from . import STATISTICS
-
-
-@STATISTICS.register("left_out_energy", of="expert")
-def left_out_energy(routed: ExpertTokens) -> Tensor:
-    """Sum over the routed tokens of |g_t f_i(x_t)|^2, g as the model applies it, (N,). Memory: 8 N bytes.
-
-    Without expert i the output of the layer changes by g f_i, if the weights of the token's other experts are not
-    renormalised: that is the mapped layout.
-    """
-    return (routed.gates[:, None] * routed.outputs).square().sum()
 
 
 @STATISTICS.register("chosen_gram", of="choices")
 def chosen_gram(chosen: ChosenOutputs) -> Tensor:
     """Sum over tokens of g_i g_j <f_i, f_j> for all pairs of experts that the router chose, (N, N).
 
-    Without a set S of experts the output changes by the sum of g_i f_i over S, so the squared error of leaving out any
-    set is the sum of the entries of S x S. Gates as for `left_out_energy`, which is the diagonal. Memory: 8 N^2 bytes;
-    time T k^2 D beside the experts' own.
+    g is the gate as the model applies it. Without a set S of experts the output changes by the sum of g_i f_i over S,
+    if the weights of a token's other experts are not renormalised: that is the mapped layout. So the squared error of
+    leaving out any set is the sum of the entries of S x S, and of one expert its entry of the diagonal. Memory: 8 N^2
+    bytes; time T k^2 D beside the experts' own.
     """
     gated = chosen.outputs * chosen.gates[..., None]
     size, index = chosen.num_slots, chosen.index.clamp(max=chosen.num_slots - 1)

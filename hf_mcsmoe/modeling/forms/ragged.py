@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ...expert_values import PackedExperts
-from ...recipe import ALIGNED_NEURONS
+from ...layer_budget import ALIGNED_NEURONS
 from ...types import ExpertWeights, MoeLayer
 from .base import FORMS, ExpertForm, become, empty_parameters
 from .routed_rows import add_by_expert, run_by_slot, run_sorted, sort_rows
