@@ -68,15 +68,16 @@ def whitened_deltas(
     sizes = {name: tuple(base.shape) for name, (base, _) in parts.items()}
     budget = base_budget(sizes, weights.num_experts, keep, rows)
     factors: dict[str, list] = {name: [] for name in parts}
-    for name, (base, aligned) in parts.items():
-        how = {"rank": budget.rank, "num_rows": budget.num_rows[name], "alternations": 8 if rows else 0}
-        for expert, matrix in enumerate(aligned):
-            gram = grams[name][expert]
-            if name == "down":  # reads neurons, which are in another order now
-                place = order[expert].to(gram.device)
-                gram = gram[place][:, place]
-            delta = (matrix.float() - base.float()).to(base.dtype)
-            factors[name].append(decompose(delta, input_metric(gram).to(delta.device), None, **how))
+    for expert, places in enumerate(order):
+        inward, outward = grams["up"][expert], grams["down"][expert]
+        places = places.to(outward.device)
+        metric_of_inputs = input_metric(inward)  # of gate and up
+        metric_of_neurons = input_metric(outward[places][:, places])  # which are in another order now
+        for name, (base, aligned) in parts.items():
+            metric = metric_of_neurons if name == "down" else metric_of_inputs
+            delta = (aligned[expert].float() - base.float()).to(base.dtype)
+            how = {"rank": budget.rank, "num_rows": budget.num_rows[name], "alternations": 8 if rows else 0}
+            factors[name].append(decompose(delta, metric.to(delta.device), None, **how))
     return SharedBase({name: base for name, (base, _) in parts.items()}, factors, biases_in_order(weights, order))
 
 
@@ -93,9 +94,10 @@ def grams_of_experts(weights: ExpertWeights, tokens: "LayerTokens") -> dict[str,
 
 
 def with_ridge(grams: dict[str, list[Tensor]], ridge: float) -> dict[str, list[Tensor]]:
-    """Each Gram with `ridge` times the mean energy of an input, over all experts, added to its diagonal."""
+    """Each Gram of up and down with `ridge` times the mean energy of an input, over all experts, on its diagonal."""
     found = {}
-    for name, of_expert in grams.items():
+    for name in ("up", "down"):  # gate reads what up reads
+        of_expert = grams[name]
         energy = torch.stack([gram.diagonal().mean() for gram in of_expert]).mean()
         eye = torch.eye(len(of_expert[0]), dtype=of_expert[0].dtype, device=of_expert[0].device)
         found[name] = [gram + ridge * energy * eye for gram in of_expert]
