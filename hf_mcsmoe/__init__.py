@@ -11,6 +11,8 @@ from .calibration import Calibration, load_calibration
 from .compress import compress_moe
 from .config import MergedSparseMoeConfig
 from .decompose import decompose_merged
+from .export import export_checkpoint
+from .fitting import fit_recipe
 from .modeling import (
     MergedSparseMoeForCausalLM,
     MergedSparseMoeForImageTextToText,
@@ -65,6 +67,8 @@ __all__ = [
     "compress_moe",
     "decompose_merged",
     "densify",
+    "export_checkpoint",
+    "fit_recipe",
     "harden",
     "load_calibration",
     "lora_config",

@@ -29,16 +29,23 @@ class StatisticsAccumulator:
     def __init__(self, num_slots: int, needs: frozenset[str]):
         self.num_slots = num_slots
         self.names = sorted(needs | {"selection_count"})
-        self.names_of: dict[str, list[str]] = {"slots": [], "expert": [], "choices": [], "every_expert": []}
-        for name in self.names:
-            self.names_of[STATISTICS.trait(name, "of")].append(name)
-        self.reads_logits = any(STATISTICS.trait(name, "logits", False) for name in self.names)
+        self.reads_logits = self._any("logits")
+        self.reads_residual = self._any("residual")
+        self.reads_gradients = self._any("gradients")
+        self.names_of = self._by_kind(gradients=False)
+        self.names_after_backward = self._by_kind(gradients=True)
         self.sums: dict[str, Tensor] = {}
 
-    @property
-    def runs_experts(self) -> bool:
-        """Whether experts are run again."""
-        return any(self.names_of[kind] for kind in ("expert", "choices", "every_expert"))
+    def _any(self, trait: str) -> bool:
+        return any(STATISTICS.trait(name, trait, False) for name in self.names)
+
+    def _by_kind(self, *, gradients: bool) -> dict[str, list[str]]:
+        """The statistics that read gradients, or the others, by what they are functions of."""
+        names_of: dict[str, list[str]] = {"slots": [], "expert": [], "experts": [], "choices": [], "every_expert": []}
+        for name in self.names:
+            if STATISTICS.trait(name, "gradients", False) == gradients:
+                names_of[STATISTICS.trait(name, "of")].append(name)
+        return names_of
 
     @torch.no_grad()
     def update(self, observed: ObservedTokens, layer: MoeLayer | None = None) -> None:
@@ -49,23 +56,39 @@ class StatisticsAccumulator:
             layer: To run its experts; not needed where none of the statistics does.
         """
         self._add("num_tokens", observed.token_mask.to(observed.top_k_index.device).sum())
-        for name in self.names_of["slots"]:
+        self._add_all(self.names_of, observed, layer)
+
+    @torch.no_grad()
+    def update_after_backward(self, observed: ObservedTokens, layer: MoeLayer) -> None:
+        """Add what statistics make of the gradients of a batch that `update` was given before.
+
+        Args:
+            observed: With `output_gradients`.
+            layer: To run its experts.
+        """
+        self._add_all(self.names_after_backward, observed, layer)
+
+    def _add_all(self, names_of: dict[str, list[str]], observed: ObservedTokens, layer: MoeLayer | None) -> None:
+        for name in names_of["slots"]:
             self._add(name, STATISTICS[name](observed))
-        with fetched(layer.experts) if self.runs_experts else nullcontext():
-            experts = RunningExperts(layer) if self.runs_experts else None
-            if self.names_of["expert"]:
-                self._add_experts(experts, observed)
-            if self.names_of["choices"]:
+        runs_experts = any(names for kind, names in names_of.items() if kind != "slots")
+        with fetched(layer.experts) if runs_experts else nullcontext():
+            experts = RunningExperts(layer) if runs_experts else None
+            if names_of["expert"]:
+                self._add_experts(experts, observed, names_of["expert"])
+            for name in names_of["experts"]:
+                self._add(name, STATISTICS[name](experts, observed))
+            if names_of["choices"]:
                 for chunk in experts.together(observed):
-                    for name in self.names_of["choices"]:
+                    for name in names_of["choices"]:
                         self._add(name, STATISTICS[name](chunk))
-            if self.names_of["every_expert"]:
+            if names_of["every_expert"]:
                 for chunk in experts.everywhere(observed):
-                    for name in self.names_of["every_expert"]:
+                    for name in names_of["every_expert"]:
                         self._add(name, STATISTICS[name](chunk))
 
-    def _add_experts(self, experts: RunningExperts, observed: ObservedTokens) -> None:
-        rows: dict[str, list[Tensor]] = {name: [] for name in self.names_of["expert"]}
+    def _add_experts(self, experts: RunningExperts, observed: ObservedTokens, names: list[str]) -> None:
+        rows: dict[str, list[Tensor]] = {name: [] for name in names}
         for routed in experts.where_routed(observed):
             for name, found in rows.items():
                 found.append(STATISTICS[name](routed))
@@ -73,13 +96,17 @@ class StatisticsAccumulator:
             self._add(name, torch.stack(found))
 
     def _add(self, name: str, value: Tensor) -> None:
-        value = value.to(sum_dtype(value.device)) if value.is_floating_point() else value
+        value = value.to(self._dtype(name, value.device)) if value.is_floating_point() else value
         if name not in self.sums:
             self.sums[name] = value
         elif name in STATISTICS and STATISTICS.trait(name, "combine") == "max":
             self.sums[name] = torch.maximum(self.sums[name], value)
         else:
             self.sums[name] = self.sums[name] + value
+
+    def _dtype(self, name: str, device: torch.device) -> torch.dtype:
+        is_narrow = name in STATISTICS and STATISTICS.trait(name, "precision") == "float32"
+        return torch.float32 if is_narrow else sum_dtype(device)
 
     def add(self, other: "StatisticsAccumulator") -> None:
         """Add the sums of another accumulator of the same layer (another process, another part of the data)."""
@@ -112,7 +139,8 @@ class StatisticsAccumulator:
                     f"{name} of {layer!r} is NaN or Inf for expert {spoiled_experts(name, value)[:8]}. "
                     "Check the weights of that layer, or load the model in float32 or bfloat16."
                 )
-        wide = {name: value.double() if value.is_floating_point() else value for name, value in sums.items()}
+        cpu = torch.device("cpu")
+        wide = {n: value.to(self._dtype(n, cpu)) if value.is_floating_point() else value for n, value in sums.items()}
         return LayerStatistics(num_tokens, wide.pop("selection_count"), wide)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .modeling.client_keys import add_client_keys
 from .modeling.offload import offloaded_state_dict
-from .publishing import write_card, write_report
+from .publishing import write_card, write_pages, write_report
 from .types import CompressionReport
 
 
@@ -52,13 +53,15 @@ def save_checkpoint(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Write model, tokenizer, report, recipe and card into a temporary folder, then rename it to `folder`."""
+    """Write model, tokenizer, report, page, recipe and card into a temporary folder, then rename it to `folder`."""
     check_output_folder(folder, overwrite)
     with replacing(folder) as complete:
         model.save_pretrained(complete, state_dict=offloaded_state_dict(model))
+        add_client_keys(complete, model.config, report.base_model)
         if tokenizer is not None:
             tokenizer.save_pretrained(complete)
         write_report(report, complete)
+        write_pages(complete)
         write_card(complete, repo_name=folder.absolute().name)
 
 

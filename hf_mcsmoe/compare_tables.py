@@ -101,5 +101,5 @@ def import_matplotlib() -> tuple[Any, Any]:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib. Install it: pip install 'hf-mcsmoe[plots]'") from error
+        raise ImportError("Pictures need matplotlib. Install it: pip install matplotlib") from error
     return Figure, colormaps["tab20"]

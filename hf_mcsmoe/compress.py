@@ -14,8 +14,9 @@ from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
 from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
+from .executors.gradients import check_gradients
 from .families import find_layers, reading_part
-from .layouts import check_layout
+from .layouts import check_layout, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .pipeline import compress_in_memory
 from .planning import plan
@@ -190,7 +191,9 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
     if recipe.preset == AUTO:
         check_auto(model, recipe)
     else:
-        check_layout(find_layers(model), recipe, model=model)
+        layers = find_layers(model)
+        check_layout(layers, recipe, model=model)
+        check_gradients(model, resolve_layers(layers, recipe)[0], recipe.statistics_with("gradients"))
 
 
 def compress_loaded(

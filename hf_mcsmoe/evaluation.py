@@ -3,57 +3,44 @@
 B rows, S tokens of the longest, V vocabulary, n predicted tokens.
 """
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .calibration import Calibration, CalibrationBatch
 from .evaluation_data import load_evaluation_data
+from .evaluation_intervals import Interval
+from .evaluation_scores import DomainScore, Evaluation, scores_of
+from .local_paths import public_model
 from .modeling.offload import execution_device
 from .samples import evaluation_mode, generate_samples, repetition
 
-__all__ = ["DomainScore", "Evaluation", "evaluate_model", "generate_samples", "load_evaluation_data", "repetition"]
+if TYPE_CHECKING:
+    from .evaluation_baseline import BaselineCache
+
+__all__ = [
+    "DomainScore",
+    "Evaluation",
+    "Interval",
+    "evaluate_model",
+    "generate_samples",
+    "load_evaluation_data",
+    "repetition",
+]
 
 CHUNK_ELEMENTS = 2**24  # float32 logits handled at a time: 64 MB, and a few temporary tensors of that size
-
-
-@dataclass(frozen=True)
-class DomainScore:
-    """How well a model predicts the text of one domain; the baseline's fields are None without a baseline."""
-
-    tokens: int  # predicted tokens: the next one is real, and so is the one before it
-    loss: float  # nats per predicted token
-    loss_standard_error: float | None  # nats; tokens of a row count as dependent. None: fewer than two rows
-    perplexity: float  # exp(loss), at most exp(700)
-    baseline_loss: float | None = None  # nats per predicted token
-    kl: float | None = None  # mean of KL(baseline || model), nats per token
-    top1_agreement: float | None = None  # share of tokens for which both models have the same most likely one
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores by domain, and of all their tokens together."""
-
-    domains: dict[str, DomainScore]
-    overall: DomainScore
-    sources: dict[str, str] = field(default_factory=dict)  # what text each domain is, in words
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, ready for JSON."""
-        return asdict(self)
 
 
 def evaluate_model(
     model: PreTrainedModel,
     data_by_domain: Mapping[str, Calibration],
     *,
-    baseline: PreTrainedModel | None = None,
+    baseline: "PreTrainedModel | BaselineCache | None" = None,
     batch_size: int | None = None,
     chunk_tokens: int | None = None,
     progress: bool = True,
@@ -67,25 +54,28 @@ def evaluate_model(
     Args:
         model: A causal language model on any device or device map.
         data_by_domain: Batches by name of the domain, see `load_evaluation_data`.
-        baseline: The model to compare with, usually the uncompressed one; same vocabulary, any device.
+        baseline: The model to compare with, usually the uncompressed one; same vocabulary, any device. Or what it
+            predicts, computed before by `evaluation_baseline.write_baseline_cache`: then the KL is over its k
+            likeliest tokens and all others as one outcome. That is at most the KL over the vocabulary, because
+            taking outcomes together never raises a divergence; all other scores are the same.
         batch_size: Most rows in one forward pass; None takes the batches as they are.
         chunk_tokens: Tokens whose logits are float32 at a time; None bounds them to 64 MB. It changes no result.
         progress: Show a bar over the batches.
 
     Returns:
-        The scores; `overall` weighs domains by their tokens. The standard error of the loss is that of a ratio of
-        sums over rows, `sqrt(R / (R - 1) * sum_r (L_r - loss * n_r)²) / sum_r n_r` for R rows of n_r tokens and
-        summed loss L_r; that of `overall` takes the domains as strata.
+        The scores; `overall` weighs domains by their tokens. Standard errors and intervals take rows of text as
+        independent, not tokens, see `evaluation_intervals.ratio_of_sums`; those of differences are paired; those of
+        `overall` take the domains as strata.
 
     Raises:
         TypeError: A model that is no causal language model.
         ValueError: No domain, a domain without a token to predict, different vocabularies, a loss that is not
             finite, or a batch that cannot be split.
     """
-    models = [model] if baseline is None else [model, baseline]
+    models = [model, baseline] if isinstance(baseline, nn.Module) else [model]
     _check_input(models, data_by_domain, batch_size=batch_size, chunk_tokens=chunk_tokens)
     total = sum(len(data.batches) for data in data_by_domain.values())
-    domains = {}
+    rows_by_domain = {}
     with (
         torch.inference_mode(),
         evaluation_mode(*models),
@@ -94,11 +84,18 @@ def evaluate_model(
         for name, data in data_by_domain.items():
             rows = []
             for batch in data.batches:
-                rows += [_score_batch(models, part, chunk_tokens) for part in _split(batch, batch_size)]
+                rows += [_score_batch(model, baseline, part, chunk_tokens) for part in _split(batch, batch_size)]
                 bar.update()
-            domains[name] = _domain_score(name, torch.cat(rows, dim=1))
+            rows_by_domain[name] = torch.cat(rows, dim=1)
     sources = {name: data.source for name, data in data_by_domain.items()}
-    return Evaluation(domains, _overall_score(list(domains.values())), sources)
+    return Evaluation(*scores_of(rows_by_domain), sources, _name(baseline), getattr(baseline, "top_k", None))
+
+
+def _name(baseline: Any) -> str | None:
+    """What a baseline calls itself, without folders of this machine."""
+    if isinstance(baseline, nn.Module):
+        return public_model(getattr(baseline.config, "name_or_path", None) or type(baseline).__name__)
+    return public_model(getattr(baseline, "name", None))
 
 
 def _check_input(
@@ -144,28 +141,52 @@ def _split(batch: CalibrationBatch, batch_size: int | None) -> Iterator[Calibrat
         yield replace(batch, inputs=inputs, token_mask=batch.token_mask[part])
 
 
-def _score_batch(models: list[PreTrainedModel], batch: CalibrationBatch, chunk_tokens: int | None) -> Tensor:
+def _score_batch(
+    model: PreTrainedModel,
+    baseline: "PreTrainedModel | BaselineCache | None",
+    batch: CalibrationBatch,
+    chunk_tokens: int | None,
+) -> Tensor:
     """Sums over the predicted tokens of each row, (1 + c, B) float64: their number, then the c of `_score_tokens`."""
     mask, ids = batch.token_mask.cpu(), batch.inputs["input_ids"].cpu()
     row, position = (mask[:, :-1] & mask[:, 1:]).nonzero(as_tuple=True)  # (n,) each: what predicts its successor
     target = ids[row, position + 1]
     num_rows, length = mask.shape
-    logits = [_logits(model, batch) for model in models]  # (B S, V)
-    if len({part.shape[-1] for part in logits}) > 1:
+    logits = _logits(model, batch)  # (B S, V)
+    reference, vocab_size = _reference(baseline, batch, row, position)
+    if vocab_size not in (None, logits.shape[-1]):
         raise ValueError(
-            f"The model has {logits[0].shape[-1]} tokens in its vocabulary, the baseline {logits[1].shape[-1]}. "
+            f"The model has {logits.shape[-1]} tokens in its vocabulary, the baseline {vocab_size}. "
             "Compare with the model that was compressed."
         )
-    device = logits[0].device
-    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // logits[0].shape[-1])
+    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // logits.shape[-1])
     # Selecting by index, not by mask, needs no host sync; scores stay on the device until the batch is done.
     scores = []
-    for part, part_target in zip((row * length + position).split(chunk), target.split(chunk), strict=True):
-        chosen = [values[part.to(values.device)].to(device) for values in logits]
-        scores.append(_score_tokens(part_target.to(device), *chosen))
+    for part in torch.arange(len(row)).split(chunk):
+        place = (row * length + position)[part]
+        chosen, part_target = logits[place.to(logits.device)], target[part].to(logits.device)
+        if isinstance(reference, Tensor):
+            baseline_logits = reference[place.to(reference.device)].to(logits.device)
+            scores.append(_score_tokens(part_target, chosen, baseline_logits))
+        elif reference is not None:
+            scores.append(reference.scores(part, part_target, chosen))
+        else:
+            scores.append(_score_tokens(part_target, chosen))
     weights = torch.cat(scores, dim=1).cpu().double()  # (c, n)
     sums = [torch.bincount(row, values, minlength=num_rows) for values in weights]
     return torch.stack([torch.bincount(row, minlength=num_rows).double(), *sums])
+
+
+def _reference(
+    baseline: "PreTrainedModel | BaselineCache | None", batch: CalibrationBatch, row: Tensor, position: Tensor
+) -> tuple[Any, int | None]:
+    """What the baseline predicts: its logits (B S, V), or `CachedTokens` of the chosen ones; and its V."""
+    if baseline is None:
+        return None, None
+    if isinstance(baseline, nn.Module):
+        logits = _logits(baseline, batch)
+        return logits, logits.shape[-1]
+    return baseline.tokens(batch, row, position), baseline.vocab_size
 
 
 def _logits(model: PreTrainedModel, batch: CalibrationBatch) -> Tensor:
@@ -204,43 +225,3 @@ def _score_tokens(target: Tensor, logits: Tensor, baseline_logits: Tensor | None
     kl = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
     agrees = logits.argmax(-1) == baseline_logits.argmax(-1)
     return torch.stack([loss, baseline_loss, kl, agrees.float()])
-
-
-def _domain_score(name: str, rows: Tensor) -> DomainScore:
-    """The scores from the sums of each row, (1 + c, R) float64."""
-    tokens, loss_sums = rows[0], rows[1]
-    total = tokens.sum()
-    if total == 0:
-        raise ValueError(f"Domain {name!r} has no token to predict: its rows have fewer than two real tokens.")
-    means = (rows[1:].sum(dim=1) / total).tolist()
-    if not all(map(math.isfinite, means)):
-        raise ValueError(
-            f"The scores of domain {name!r} are not finite (loss, baseline loss, KL, agreement: {means}). "
-            "Look for NaN or Inf in the weights, or load the models in bfloat16 or float32 instead of float16."
-        )
-    used = tokens > 0
-    num_rows, standard_error = int(used.sum()), None
-    if num_rows > 1:
-        residual = loss_sums[used] - means[0] * tokens[used]
-        standard_error = float((residual.square().sum() * num_rows / (num_rows - 1)).sqrt() / total)
-    return _score(int(total), means, standard_error)
-
-
-def _overall_score(domains: list[DomainScore]) -> DomainScore:
-    tokens = sum(domain.tokens for domain in domains)
-    names = ["loss"] if domains[0].baseline_loss is None else ["loss", "baseline_loss", "kl", "top1_agreement"]
-    means = [sum(getattr(domain, name) * domain.tokens for domain in domains) / tokens for name in names]
-    errors = [domain.loss_standard_error for domain in domains]
-    standard_error = None
-    if None not in errors:
-        standard_error = math.hypot(*(d.tokens / tokens * e for d, e in zip(domains, errors, strict=True)))
-    return _score(tokens, means, standard_error)
-
-
-def _score(tokens: int, means: list[float], standard_error: float | None) -> DomainScore:
-    perplexity = math.exp(min(means[0], 700.0))  # a float holds no more
-    if len(means) == 1:
-        return DomainScore(tokens, means[0], standard_error, perplexity)
-    loss, baseline_loss, kl, agreement = means
-    # The divergence is never negative; rounding in float32 can make it so where the models are all but equal.
-    return DomainScore(tokens, loss, standard_error, perplexity, baseline_loss, max(kl, 0.0), agreement)

@@ -8,8 +8,13 @@ from .decomposition import DECOMPOSITION
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 
 
+def is_number(value: Any, kind: Any) -> bool:
+    """Whether `value` is of a number type; True and False, which Python counts as 1 and 0, are not."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 class LayerBudget:
-    """Of a `Recipe`: how many experts, neurons and ranks a layer keeps."""
+    """Of a `Recipe`: how many experts, neurons and ranks a layer keeps, and budgets that cannot be meant."""
 
     keep: float | None
     num_experts: int | None
@@ -18,6 +23,48 @@ class LayerBudget:
     keep_experts: float | None
     shared_base: str | None
     decomposition: str | None
+    fit_tokens: int
+    every_expert_tokens: int
+
+    def _check_budget(self) -> None:
+        if self.keep is None and self.num_experts is None:
+            object.__setattr__(self, "keep", 0.5)
+        if self.keep is not None and self.num_experts is not None:
+            raise ValueError(
+                f"keep is {self.keep} and num_experts is {self.num_experts}; they say the same. Give one of them."
+            )
+        if self.keep is not None and not (is_number(self.keep, float | int) and 0 < self.keep <= 1):
+            raise ValueError(f"keep is {self.keep!r}, it must be in (0, 1]. 0.5 keeps half of the experts.")
+        if self.num_experts is not None and not (is_number(self.num_experts, int) and self.num_experts >= 1):
+            raise ValueError(f"num_experts is {self.num_experts!r}, it must be a whole number >= 1.")
+        self._check_neuron_budget()
+
+    def _check_neuron_budget(self) -> None:
+        for name in ("fit_tokens", "every_expert_tokens"):
+            value = getattr(self, name)
+            if not (is_number(value, int) and value >= 1):
+                raise ValueError(f"{name} is {value!r}, it must be a whole number >= 1.")
+        is_ranked = self.decomposition in DECOMPOSITION and self.is_ranked
+        if self.selection is None and not is_ranked:
+            if self.keep_experts is not None:
+                raise ValueError(
+                    f"keep_experts is {self.keep_experts}, but selection is None. Use keep, or name a selection."
+                )
+            return
+        if self.num_experts is not None:
+            what = f"decomposition {self.decomposition!r} keeps ranks"
+            what = what if is_ranked else f"selection {self.selection!r} keeps neurons"
+            raise ValueError(
+                f"num_experts is {self.num_experts}, but {what}. "
+                "Use keep, and keep_experts for the share of the experts."
+            )
+        if self.keep_experts is None:
+            return
+        if not (is_number(self.keep_experts, float | int) and self.keep <= self.keep_experts <= 1):
+            raise ValueError(
+                f"keep_experts is {self.keep_experts!r}, it must be in [keep, 1] = [{self.keep}, 1]: the experts that "
+                "stay are narrowed to the share keep of all neurons."
+            )
 
     def experts_per_layer(self, num_experts: int) -> int:
         """Average number of experts that a layer of `num_experts` keeps.

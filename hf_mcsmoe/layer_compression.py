@@ -6,26 +6,29 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .apportion import apportion
 from .decomposition import DECOMPOSITION
 from .executors.in_memory import Collected
-from .expert_decomposition import decompose_experts
 from .expert_sharing import share_experts
 from .expert_values import PackedExperts
-from .gated_features import sum_input_grams
+from .layer_constants import constants_of_layer, without_constants
+from .layer_decomposition import decompose
 from .layer_fit import FittedExperts, fit_experts, refit_down
 from .layer_inputs import LayerInputs, relative_error, routed_output
 from .layer_merging import MergedLayer, merge_layer
+from .layer_record import record_statistics
 from .layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_result
 from .matching import MATCHING
 from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
+from .modeling.constant_outputs import fill_constants
 from .modeling.experts import install_mapped, install_native, replace_experts
-from .modeling.install_forms import install_low_rank_sparse, install_ragged, install_ranked_low_rank
+from .modeling.install_forms import install_ragged
 from .recipe import Recipe
+from .report_types import factor_sizes
 from .router_treatment import cut_router
 from .routing import ROUTING
-from .sizes import Sizes, expert_size, expert_sizes, neuron_size, shared_sizes
+from .sizes import Sizes, constant_sizes, expert_size, expert_sizes, neuron_size, shared_sizes
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
 
 # Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
@@ -33,8 +36,8 @@ WORTH_COLLAPSING = 0.1
 
 
 def compress_layer(
-    layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int
-) -> tuple[LayerReport, dict[str, Any]]:
+    layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int, protected: Tensor | None = None
+) -> tuple[LayerReport, dict[str, Any], dict[str, Tensor]]:
     """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
 
     A recipe that selects neurons or refits also needs all experts in float32, what `collected` kept of the calibration
@@ -45,27 +48,34 @@ def compress_layer(
         recipe: The steps.
         collected: What the calibration forward left of this layer; its held-out sample may be empty.
         num_experts: M.
+        protected: Experts that stay as they are, (N,) bool; None for none.
 
     Returns:
-        What it did, and the layer's entry in the layout of a mapped checkpoint.
+        What it did, the layer's entry in the layout of a mapped checkpoint, and what `record_statistics` keeps.
     """
     start = time.perf_counter()
     before = routed_output(layer, collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_sizes = sizes_after(layer, recipe, num_experts)
     original = functools.cache(lambda: original_tokens(layer, collected))
-    merged = merge_layer(layer, recipe, collected.statistics, num_experts, original)
+    merged = merge_layer(layer, recipe, collected.statistics, num_experts, original, protected)
     share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
     layout = layout_of_layer(layer, merged.groups, worth_collapsing(recipe, share))
+    constants = constants_of_layer(recipe, collected.statistics, merged.groups)
+    if constants is not None:
+        layout["num_constants"] = len(constants)
+        new_sizes += constant_sizes(layer, len(constants))
     of_original = original() if reads_tokens(recipe) else None  # before the router and the experts become others
     is_cut = is_router_cut(layer, merged) and (reads_tokens(recipe) or recipe.router is not None)
     rows = cut_router(layer, recipe, merged, collected, before) if is_cut else None
-    tokens = tokens_of_layer(layer, collected, merged, of_original) if of_original is not None else None
+    tokens = tokens_of_layer(layer, collected, merged, of_original, constants) if of_original is not None else None
     fitted = fit_and_match(layer, recipe, merged, tokens, collected) if recipe.is_fitted else None
     if recipe.shares_experts:
         share_experts(layer, recipe, merged, collected.statistics, original, layout)
     else:
         install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
+    if constants is not None:
+        fill_constants(layer.experts, constants)
     reroute = merged.routing.rows is not None or trains_router(layer, recipe)
     after = routed_output(layer, collected.held_out, reroute=reroute)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
@@ -91,8 +101,11 @@ def compress_layer(
         refit_error_after=fitted.error_after_refit if fitted is not None else None,
         router_error_before=rows.dominant_rows if rows is not None else None,
         router_error_after=rows.rule if rows is not None else None,
+        protected_experts=protected.nonzero().flatten().tolist() if protected is not None else [],
+        width_before=layer.intermediate_size,
+        **factor_sizes(layout),
     )
-    return report, layout
+    return report, layout, record_statistics(layer.name, collected.statistics, merged.similarity)
 
 
 def layout_of_layer(layer: MoeLayer, groups: ExpertGroups, collapse_duplicates: bool) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def sizes_after(layer: MoeLayer, recipe: Recipe, num_experts: int) -> Sizes:
 
 
 def fit_and_match(
-    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens, collected: Collected
+    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, collected: Collected
 ) -> FittedExperts | None:
     """Select neurons, refit and train, as the recipe says; None where all experts stay as they are."""
     if is_unchanged(layer, recipe, merged):
@@ -122,8 +135,12 @@ def fit_and_match(
     return match_layer(layer, recipe, collected, tokens, fitted) if recipe.matching is not None else fitted
 
 
-def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens) -> LayerTokens:
-    """The kept tokens under the gates that the result will apply, with what the original experts give for them.
+def tokens_of_layer(
+    layer: MoeLayer, collected: Collected, merged: MergedLayer, original: LayerTokens, constants: Tensor | None
+) -> LayerTokens:
+    """The kept tokens under the gates that the result will apply, with what its experts should give for them.
+
+    That is what the original experts give, less the constants that dropped slots add.
 
     In the native layout with fewer experts the router must have been cut.
     """
@@ -135,7 +152,10 @@ def tokens_of_layer(layer: MoeLayer, collected: Collected, merged: MergedLayer, 
         assignment = torch.zeros(layer.num_slots, num_experts)
         stays = (group_of_expert >= 0).nonzero().flatten()
         assignment[stays, group_of_expert[stays]] = 1.0
-    return tokens_of_result(layer, collected, original, assignment, reroute=reroute)
+    tokens = tokens_of_result(layer, collected, original, assignment, reroute=reroute)
+    if constants is None:
+        return tokens
+    return without_constants(original, tokens, (group_of_expert < 0).nonzero().flatten(), constants)
 
 
 def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
@@ -145,16 +165,20 @@ def is_router_cut(layer: MoeLayer, merged: MergedLayer) -> bool:
 
 def reads_tokens(recipe: Recipe) -> bool:
     """Whether tokens are needed under the gates of the result."""
-    return recipe.is_fitted or (recipe.decomposition is not None and bool(DECOMPOSITION.needs(recipe.decomposition)))
+    return recipe.is_fitted_on_tokens or (
+        recipe.decomposition is not None and bool(DECOMPOSITION.needs(recipe.decomposition))
+    )
 
 
 def fit_layer(
-    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens, statistics: LayerStatistics
+    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, statistics: LayerStatistics
 ) -> FittedExperts:
-    """Select neurons and refit, as the recipe says."""
+    """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
     experts = as_float32(layer.family.view(layer, merged.parameters))
     budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
     supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
+    if tokens is None:
+        return fit_experts(experts, layer.family.activation(layer), recipe, budget, [], [], supply)
     return fit_experts(experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out, supply)
 
 
@@ -229,32 +253,6 @@ def install(
         replace_experts(layer, parameters)
     else:
         install_native(layer, parameters, routing.rows, merged.groups.group_of_expert)
-
-
-def decompose(
-    layer: MoeLayer,
-    recipe: Recipe,
-    merged: MergedLayer,
-    weights: ExpertWeights,
-    tokens: LayerTokens | None,
-    layout: dict[str, Any],
-) -> None:
-    """Put the decomposition of M merged experts into a layer."""
-    grams = None
-    if tokens is not None:
-        grams = sum_input_grams(as_float32(weights), tokens.activation, tokens.calibration)
-    ranks = ranks_of_experts(layer, recipe, merged) if recipe.is_ranked else None
-    factors, biases = decompose_experts(weights, recipe.decomposition, recipe.decomposition_options, grams, ranks)
-    install_factors = install_low_rank_sparse if ranks is None else install_ranked_low_rank
-    install_factors(layer, factors, biases, merged.routing.slot_map, layout)
-
-
-def ranks_of_experts(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> list[int]:
-    """The rank of each of the M experts, in proportion to how important the members of its group are together."""
-    shape = (layer.intermediate_size, layer.hidden_size)
-    groups = merged.groups
-    importance = [merged.importance[groups.members(group)].sum().item() for group in range(groups.num_groups)]
-    return apportion(importance, groups.num_groups * recipe.mean_rank(layer.num_slots, shape), 1, min(shape))
 
 
 def is_full(layer: MoeLayer, experts: PackedExperts) -> bool:

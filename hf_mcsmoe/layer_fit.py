@@ -98,6 +98,7 @@ def fit_experts(
     if recipe.selection is not None and num_neurons < experts.num_neurons:
         supply = {"grams": lambda: grams_of(experts, activation, tokens), **(supply or {})}
         saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
+        saliency = saliency.to(experts.up.device)
         is_uniform = recipe.layout == "native"
         budget = num_neurons // experts.num_experts if is_uniform else num_neurons
         kept = choose_neurons(saliency, experts.offsets.tolist(), budget, is_uniform)

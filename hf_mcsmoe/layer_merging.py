@@ -11,6 +11,7 @@ from .alignment import ALIGNMENT
 from .grouping import GROUPING
 from .merging import MERGING
 from .modeling.offload import fetched
+from .protected_experts import group_around
 from .recipe import Recipe
 from .routing import ROUTING
 from .saliency import SALIENCY
@@ -30,6 +31,7 @@ class MergedLayer:
     groups: ExpertGroups
     routing: Routing
     parameters: dict[str, Tensor]  # M experts as the family stacks them
+    similarity: Tensor | None = None  # (N, N), of the original experts; None: the recipe does not look at it
     importance: Tensor | None = None  # (N,): of the original experts
     transfer: Tensor | None = None  # (N, M) shares of experts that went into groups; None: whole members
 
@@ -40,6 +42,7 @@ def merge_layer(
     statistics: LayerStatistics,
     num_experts: int,
     original: "Callable[[], LayerTokens] | None" = None,
+    protected: Tensor | None = None,
 ) -> MergedLayer:
     """Group and merge the experts of a layer, which is left as it is.
 
@@ -49,19 +52,20 @@ def merge_layer(
         statistics: Of the layer.
         num_experts: M.
         original: The kept tokens, for steps that ask for "tokens"; made only then.
+        protected: Experts that stay alone, (N,) bool; None for none.
     """
     with fetched(layer.experts):
         old = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         weights = layer.family.view(layer, old)
         supply = {"statistics": lambda: statistics, "tokens": original, "weights": lambda: weights}
-        supply["seed"] = lambda: recipe.seed
-        groups = group_experts(layer, recipe, statistics, weights, num_experts, supply)
+        supply |= {"seed": lambda: recipe.seed, "layout": lambda: recipe.layout}
+        groups, similarity = group_experts(layer, recipe, statistics, weights, num_experts, supply, protected)
         new = {name: p.new_empty((num_experts, *p.shape[1:])) for name, p in old.items()}
         importance = SALIENCY[recipe.importance](statistics, weights, **recipe.importance_options)
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
         for name, rows in layer.passive_expert_rows.items():
             new[name] = torch.cat([new[name], rows.detach()])
-    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, importance)
+    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, similarity, importance)
 
 
 def group_experts(
@@ -71,8 +75,12 @@ def group_experts(
     weights: ExpertWeights,
     num_experts: int,
     supply: Supply | None = None,
-) -> ExpertGroups:
-    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping."""
+    protected: Tensor | None = None,
+) -> tuple[ExpertGroups, Tensor | None]:
+    """Which experts of a layer become one, by the recipe's saliency, similarity and grouping; and that similarity.
+
+    Those that are `protected`, (N,) bool, are groups of one.
+    """
     supply = supply or {}
     saliency = SALIENCY[recipe.saliency](statistics, weights, **recipe.saliency_options)
     similarity = None
@@ -81,8 +89,16 @@ def group_experts(
         similarity = SIMILARITY.call(recipe.similarity, statistics, weights, **how)
     # A group-limited router that loses rows must lose the same number in each of its groups.
     partitions = layer.num_router_groups if recipe.layout == "native" else 1
-    how = {"options": recipe.grouping_options, "supply": supply}
-    return GROUPING.call(recipe.grouping, saliency, similarity, num_experts, partitions, **how)
+
+    def group(saliency: Tensor, similarity: Tensor | None, num_groups: int, supply: Supply) -> ExpertGroups:
+        how = {"options": recipe.grouping_options, "supply": supply}
+        return GROUPING.call(recipe.grouping, saliency, similarity, num_groups, partitions, **how)
+
+    handles_protected = "protected" in GROUPING.asks_for(recipe.grouping)
+    if protected is not None and not handles_protected:
+        return group_around(protected, group, saliency, similarity, num_experts, supply), similarity
+    alone = torch.zeros(layer.num_slots, dtype=torch.bool) if protected is None else protected
+    return group(saliency, similarity, num_experts, {**supply, "protected": lambda: alone}), similarity
 
 
 @torch.no_grad()
@@ -104,6 +120,13 @@ def merge_groups(
         how = {"options": recipe.alignment_options, "supply": supply}
         order = ALIGNMENT.call(recipe.alignment, weights, groups, **how)
     targets = into.tensors()
+    if recipe.merging is not None and MERGING.trait(recipe.merging, "takes") == "layer":
+        supply = {**supply, "order": lambda: order}
+        how = {"options": recipe.merging_options, "supply": supply}
+        merged = MERGING.call(recipe.merging, weights, groups, importance, **how)
+        for name, tensor in merged.tensors().items():
+            targets[name].copy_(tensor)
+        return
     for group in range(groups.num_groups):
         members = groups.members(group)
         if recipe.merging is None or members.numel() == 1:

@@ -1,5 +1,7 @@
 """The kept calibration tokens of one layer as its experts see them: hidden states, gates and what they should give."""
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ from .expert_values import PackedExperts
 from .gated_features import Activation, RoutedTokens
 from .layer_fit import original_output, routed_tokens
 from .modeling.offload import fetched
+from .native_gates import native_gates
 from .types import ExpertWeights, MoeLayer
 
 
@@ -21,6 +24,8 @@ class LayerTokens:
     assignment: Tensor  # (slots, M) float32: 1 where a slot of the router goes to an expert
     calibration: list[RoutedTokens]  # gates (t, M); targets are what the original layer gives
     held_out: list[RoutedTokens]
+    # (router rows (M,), places of calibration batches) -> gates (t, N) of these batches if only those rows were there.
+    gates_of_kept: Callable[[Tensor, Sequence[int]], list[Tensor]] | None = None  # of the original experts only
 
 
 def as_float32(weights: ExpertWeights) -> PackedExperts:
@@ -43,7 +48,8 @@ def original_tokens(layer: MoeLayer, collected: Collected) -> LayerTokens:
         ]
     assignment = torch.eye(layer.num_slots)
     tokens = [routed_tokens(layer, inputs, assignment, outputs, reroute=False) for inputs, outputs in kept]
-    return LayerTokens(activation, assignment, *tokens)
+    gates_of_kept = functools.partial(native_gates, layer, collected.calibration)
+    return LayerTokens(activation, assignment, *tokens, gates_of_kept)
 
 
 def tokens_of_result(

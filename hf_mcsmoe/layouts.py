@@ -8,6 +8,9 @@ from torch import nn
 
 from .allocation import ALLOCATION
 from .families import reason_against, tied_layers
+from .families.base import MoeFamily
+from .families.residual import check_residual
+from .grouping import GROUPING
 from .modeling.forms import check_forms
 from .modeling.install_forms import check_linear_output
 from .modeling.native_config import check_native
@@ -16,6 +19,7 @@ from .recipe import Recipe
 from .registry import closest
 from .router_access import check_router
 from .sizes import expert_size, shared_sizes
+from .statistics import STATISTICS
 from .types import MoeLayer
 
 
@@ -125,11 +129,13 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     kept, excluded = resolve_layers(layers, recipe)
     for layer in kept:
         _check_family(layer, recipe)
+        if model is not None and recipe.statistics_with("residual"):
+            check_residual(model, layer)
     budgets = budget_of_layer(kept, recipe)
     for layer, budget in zip(kept, budgets, strict=True):
         _check_budget(layer, budget, recipe)
     if recipe.layout == "native":
-        check_native(kept, budgets, recipe)
+        check_native(kept, budgets, drops_experts=GROUPING.trait(recipe.grouping, "drops", False))
         if model is not None:
             native_target(model, recipe, kept, excluded)
         if recipe.router is not None:
@@ -158,10 +164,36 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
         check_forms(layer)
     if recipe.shares_experts:
         check_linear_output(layer)
-    if recipe.is_fitted and getattr(layer.experts, "has_post_expert_norm", False):
+    if recipe.protect is not None and recipe.layout == "native" and layer.num_router_groups > 1:
         raise ValueError(
-            f"selection and refit need experts whose output is linear in their last matrix; those of {layer.name!r} "
-            "are normalised. Use a recipe without them."
+            f"protect is {recipe.protect!r}, but in layout 'native' each of the {layer.num_router_groups} groups of "
+            f"the router of {layer.name!r} must keep the same number of experts. Use layout='mapped' or protect=None."
+        )
+    if recipe.constants is not None and layer.family.map_hooks(layer) is not None:
+        raise ValueError(
+            f"constants is {recipe.constants!r}, but the experts of {layer.name!r} are not called with slots and "
+            "weights, so nothing can be added for a dropped slot. Use constants=None."
+        )
+    _check_running(layer, recipe)
+
+
+def _check_running(layer: MoeLayer, recipe: Recipe) -> None:
+    """Refuse recipes that run the experts of a layer one by one, or again, where that is not possible."""
+    runs = [name for name in sorted(recipe.statistics_needed()) if STATISTICS.trait(name, "of") != "slots"]
+    if runs and type(layer.family).activation is MoeFamily.activation:
+        raise ValueError(
+            f"The recipe collects {', '.join(runs)}, for which the experts of {layer.name!r} cannot be run one by "
+            f"one: {layer.family.not_formed_because}. Use a recipe that looks at the router only, such as 'frequency'."
+        )
+    if recipe.needs_inputs and layer.family.no_forms_because(layer):
+        raise ValueError(
+            f"The recipe runs the experts of {layer.name!r} by their matrices alone, which is not possible: "
+            f"{layer.family.no_forms_because(layer)}. Leave the layer out with exclude_layers, or use another recipe."
+        )
+    if recipe.needs_inputs and getattr(layer.experts, "has_post_expert_norm", False):
+        raise ValueError(
+            "selection, refit and all that runs experts again need experts whose output is linear in their last "
+            f"matrix; those of {layer.name!r} are normalised. Use a recipe without them."
         )
 
 
@@ -180,6 +212,9 @@ def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
         raise ValueError(
             f"num_experts is {budget}, but {layer.name!r} has {layer.num_slots} experts. Ask for 1..{layer.num_slots}."
         )
+    check_sizes = GROUPING.trait(recipe.grouping, "check_sizes")
+    if check_sizes is not None and recipe.allocation == "uniform":  # others decide after calibration
+        check_sizes(layer.num_slots, budget, {**GROUPING.options(recipe.grouping), **recipe.grouping_options})
     if recipe.shares_experts:
         try:
             shared_sizes(layer, recipe)

@@ -34,6 +34,8 @@ class ObservedTokens:
     token_mask: Tensor  # (T,) bool: True for tokens that count
     logits: Tensor | None = None  # (T, N): of the router
     sampled: Tensor | None = None  # (t,) int64: tokens that every expert is run on; None: none of them
+    residual: Tensor | None = None  # (T, D): the stream that the routed output is added to; if a statistic reads it
+    output_gradients: Tensor | None = None  # (T, D): d loss / d output of the experts together; if there are any
 
     @cached_property
     def counted(self) -> Tensor:
@@ -59,11 +61,17 @@ class ExpertTokens:
     weights: ExpertWeights  # of this expert alone, with a leading axis of 1, in the dtype of the model
     activation: Callable[[Tensor, Tensor | None], Tensor]
     finish: Callable[[Tensor], Tensor]  # what the experts module does to outputs besides weighting them
+    output_gradients: Tensor | None = None  # (t, D): d loss / d outputs, the gate included; for `gradients` statistics
+
+    @cached_property
+    def projections(self) -> tuple[Tensor, Tensor | None]:
+        """What the activation is given: (of `up` (t, I), of `gate` (t, I) or None)."""
+        return self._project("up"), self._project("gate") if self.weights.gate is not None else None
 
     @cached_property
     def activations(self) -> Tensor:
         """What `down` is multiplied with, (t, I)."""
-        return self.activation(self._project("up"), self._project("gate") if self.weights.gate is not None else None)
+        return self.activation(*self.projections)
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -109,6 +117,7 @@ class RunningExperts:
 
     def on(self, expert: int, observed: ObservedTokens, tokens: Tensor, gates: Tensor) -> ExpertTokens:
         """One expert on the tokens at the positions `tokens` (t,)."""
+        gradients = observed.output_gradients
         return ExpertTokens(
             expert,
             tokens,
@@ -117,6 +126,7 @@ class RunningExperts:
             ExpertWeights(**{name: tensor[expert : expert + 1] for name, tensor in self.weights.tensors().items()}),
             self.activation,
             lambda output: self.layer.family.finish(self.layer.experts, output),
+            None if gradients is None else gradients[tokens].float() * gates.float()[:, None],
         )
 
     def where_routed(self, observed: ObservedTokens) -> Iterator[ExpertTokens]:
@@ -180,4 +190,6 @@ def take(observed: ObservedTokens, tokens: Tensor) -> ObservedTokens:
         token_mask=observed.token_mask.to(tokens.device)[tokens],
         logits=observed.logits[tokens] if observed.logits is not None else None,
         sampled=None,
+        residual=None,
+        output_gradients=None,
     )

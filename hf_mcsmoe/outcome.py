@@ -2,17 +2,20 @@
 
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .config import FORMAT_VERSION
 from .modeling.merged_model import merged_class
 from .modeling.native_width import NativeFields, adopt_native
+from .peak_memory import peak_memory
 from .recipe import Recipe
+from .recipe_reading import resolved
 from .types import CompressionReport, LayerReport, MoeLayer
 
 
@@ -27,8 +30,11 @@ def conclude(
     native: NativeFields | None,
     before: tuple[int, int],
     after: tuple[int, int] | None = None,
+    active_before: int,
+    used_again: Sequence[str] = (),
     start: float,
     warnings: list[str],
+    statistics: dict[str, Tensor] | None = None,
 ) -> None:
     """Make a model whose layers are compressed what it is now, and attach its report.
 
@@ -42,8 +48,11 @@ def conclude(
         native: What a configuration says of experts; None in the mapped layout.
         before: What `count` gave for the original model.
         after: What it gives for the result; None: it is counted.
+        active_before: Active parameters of the original model, see `sizes.measure`.
+        used_again: The layers whose experts are those of another layer too, once for each such layer.
         start: `time.perf_counter()` when the work began.
         warnings: For the report.
+        statistics: For the report: those of all layers, see `layer_record`.
     """
     architecture, name_or_path = type(model).__name__, model.config.name_or_path or None
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "scipy")}
@@ -56,7 +65,7 @@ def conclude(
         adopt_native(model, layers, native, reports[0].num_experts_after, reports[0].widths[0])
     after = after or count(model)
     model.compression_report = CompressionReport(
-        recipe=recipe.to_dict(),
+        recipe=resolved(recipe),
         calibration=fingerprint,
         layers=reports,
         base_model=name_or_path,
@@ -68,7 +77,33 @@ def conclude(
         seconds=time.perf_counter() - start,
         versions=versions,
         warnings=warnings,
+        active_parameters_before=active_before,
+        active_parameters_after=active_before + active_change(layers, reports, after[0] - before[0], used_again),
+        peak_memory=peak_memory(),
+        statistics=statistics or {},
     )
+
+
+def active_change(
+    layers: list[MoeLayer], reports: list[LayerReport], total_change: int, used_again: Sequence[str] = ()
+) -> int:
+    """How many more parameters one token uses in the result than in the original; at most, see `sizes.measure`.
+
+    Args:
+        layers: The compressed layers.
+        reports: What became of them.
+        total_change: How many more parameters the whole result has. What of that is not in experts, rows of native
+            routers, every token uses.
+        used_again: See `conclude`.
+    """
+    change = total_change
+    for layer, report in zip(layers, reports, strict=True):
+        num_before, num_after = report.num_experts_before, report.num_experts_after
+        used_before = min(layer.top_k, num_before) * report.parameters_before // num_before
+        used_after = min(layer.top_k, num_after) * report.parameters_after // num_after
+        change += (1 + used_again.count(report.layer)) * (used_after - used_before)
+        change -= report.parameters_after - report.parameters_before
+    return change
 
 
 def adopt_mapped(

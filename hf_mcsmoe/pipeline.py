@@ -18,9 +18,11 @@ from .layer_compression import compress_layer, follow
 from .layouts import budget_of_layer, native_target, resolve_layers
 from .modeling.offload import fetched
 from .outcome import conclude, count
+from .protected_experts import check_room, protected_experts, with_protected
 from .recipe import Recipe
 from .saliency import SALIENCY
 from .saved_statistics import SavedStatistics
+from .sizes import measure
 from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
 from .wanted import wanted_by
 
@@ -50,7 +52,7 @@ def compress_in_memory(
     layers, excluded = resolve_layers(found, recipe)
     first_of_tied = tied_layers(found)
     tied = {layer: first for layer in found if (first := first_of_tied.get(layer.name)) in layers}
-    before = count(model)
+    before, active = count(model), measure(model, found).active_parameters
     check_finite(layers)
     wanted = wanted_by(recipe)
     if isinstance(data, SavedStatistics):
@@ -59,16 +61,21 @@ def compress_in_memory(
     collected = collected if is_collected else collect_first(model, layers, tied, data, wanted, progress)
     statistics = data.statistics() if isinstance(data, SavedStatistics) else reached(collected)
     layers, warnings = leave_unreached(layers, statistics, recipe)
-    allotted = dict(zip(layers, allocate(layers, recipe, statistics), strict=True))
+    protected = protected_experts(recipe, {layer.name: statistics[layer.name] for layer in layers})
+    allotted = dict(zip(layers, allocate(layers, recipe, statistics, protected), strict=True))
+    check_room(recipe, {layer.name: number for layer, number in allotted.items()}, protected)
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     reports: dict[str, LayerReport] = {}
     layouts: dict[str, Any] = {}
+    statistics_kept: dict[str, Tensor] = {}
     if is_collected:
         todo = ((layer, collected[layer.name]) for layer in layers)
     else:
         todo = visits(model, layers, tied, data, wanted, collected)
     for layer, of_layer in tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2):
-        report, layout = compress_layer(layer, recipe, of_layer, allotted[layer])
+        how = (allotted[layer], protected.get(layer.name))
+        report, layout, recorded = compress_layer(layer, recipe, of_layer, *how)
+        statistics_kept |= recorded
         reports[layer.name], layouts[layer.name] = report, layout
         for other in [other for other, first in tied.items() if first is layer]:
             follow(other, layer, report, layout, recipe)
@@ -77,14 +84,20 @@ def compress_in_memory(
         model.tie_weights()
     layouts = {layer.name: layouts[layer.name] for layer in found if layer.name in layouts}
     in_order = [reports[layer.name] for layer in layers]
-    how = {"native": native, "before": before, "start": start, "warnings": warnings}
+    how = {"native": native, "before": before, "active_before": active, "start": start, "warnings": warnings}
+    how |= {"used_again": [first.name for first in tied.values()], "statistics": statistics_kept}
     conclude(model, recipe, data, layers, in_order, layouts, **how)
     return model.compression_report
 
 
-def allocate(layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics]) -> list[int]:
-    """Experts that each layer keeps, by the recipe's allocation rule."""
-    saliency_of_layer = [saliency_of(layer, recipe, statistics[layer.name]) for layer in layers]
+def allocate(
+    layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics], protected: dict[str, Tensor]
+) -> list[int]:
+    """Experts that each layer keeps, by the recipe's allocation rule; protected ones come first in all of them."""
+    saliency_of_layer = [
+        with_protected(saliency_of(layer, recipe, statistics[layer.name]), protected.get(layer.name))
+        for layer in layers
+    ]
     supply = {"statistics_of_layer": lambda: [statistics[layer.name] for layer in layers], "seed": lambda: recipe.seed}
     how = {"options": recipe.allocation_options, "supply": supply}
     return ALLOCATION.call(recipe.allocation, saliency_of_layer, budget_of_layer(layers, recipe), **how)

@@ -14,7 +14,17 @@ from .loading import empty_model, read_config
 from .low_rank import DEFAULT_RANK
 from .recipe import Recipe
 from .shared_base import SHARED_BASE
-from .sizes import INDEX_BYTES, Sizes, expert_size, expert_sizes, measure, neuron_sizes, router_sizes, shared_sizes
+from .sizes import (
+    INDEX_BYTES,
+    Sizes,
+    constant_sizes,
+    expert_size,
+    expert_sizes,
+    measure,
+    neuron_sizes,
+    router_sizes,
+    shared_sizes,
+)
 from .types import MoeLayer
 
 
@@ -128,6 +138,8 @@ def _layer_after(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
         return shared_sizes(layer, recipe)
     decomposed_by = recipe if recipe.decomposes(layer.num_slots) else None
     sizes = expert_sizes(layer, num_experts, expert_size(layer, decomposed_by))
+    if recipe.constants is not None:
+        sizes += constant_sizes(layer, layer.num_slots - num_experts)
     gone = num_experts * layer.intermediate_size - neurons_of_layer(layer, recipe, num_experts)
     return sizes - neuron_sizes(layer, num_experts, gone) if gone else sizes
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .alignment import ALIGNMENT
 from .allocation import ALLOCATION
+from .constants import CONSTANTS
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
 from .layer_budget import LayerBudget, check_shared_recipe
@@ -14,6 +15,7 @@ from .low_rank import check_budget
 from .matching import MATCHING
 from .merging import MERGING
 from .presets import PRESETS
+from .protection import PROTECTION
 from .refit import REFIT
 from .registry import Registry, closest
 from .router_rows import ROUTER_ROWS
@@ -21,9 +23,11 @@ from .saliency import SALIENCY
 from .selection import SELECTION
 from .shared_base import SHARED_BASE
 from .similarity import SIMILARITY
+from .statistics import STATISTICS
 
 LAYOUTS = ("mapped", "native")
 STEPS: dict[str, Registry] = {
+    "protect": PROTECTION,
     "saliency": SALIENCY,
     "allocation": ALLOCATION,
     "similarity": SIMILARITY,
@@ -31,6 +35,7 @@ STEPS: dict[str, Registry] = {
     "alignment": ALIGNMENT,
     "merging": MERGING,
     "importance": SALIENCY,
+    "constants": CONSTANTS,
     "selection": SELECTION,
     "shared_base": SHARED_BASE,
     "router": ROUTER_ROWS,
@@ -39,9 +44,11 @@ STEPS: dict[str, Registry] = {
     "decomposition": DECOMPOSITION,
 }
 OPTIONAL_STEPS = (
+    "protect",
     "similarity",
     "alignment",
     "merging",
+    "constants",
     "selection",
     "shared_base",
     "router",
@@ -50,11 +57,6 @@ OPTIONAL_STEPS = (
     "decomposition",
 )
 NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
-
-
-def is_number(value: Any, kind: Any) -> bool:
-    """Whether `value` is of a number type; True and False, which Python counts as 1 and 0, are not."""
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Recipe(LayerBudget):
             share of their neurons, in all experts together; with `shared_base` that of the numbers of their matrices.
         num_experts: The same as an average number per layer; exclusive with `keep`.
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
+        protect: Which experts are never dropped and never merged, whatever their saliency; None protects none.
         saliency: Score that decides which experts lead.
         allocation: How many experts each layer keeps; None takes "global_usage" for the mapped layout
             and "uniform" for the native one, where all layers must have the same number, and with `selection`.
@@ -76,6 +79,8 @@ class Recipe(LayerBudget):
         alignment: Neuron order before merging; None leaves neurons as they are.
         merging: How the members of a group become one matrix; None keeps the dominant expert (pruning).
         importance: Score that weighs the members in the merge.
+        constants: The vector that the slot of a dropped expert adds, times its gate, in the mapped layout; None adds
+            nothing.
         selection: Saliency of single neurons, of which the least salient go; None keeps experts whole. In the
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
@@ -109,6 +114,7 @@ class Recipe(LayerBudget):
     keep: float | None = None
     num_experts: int | None = None
     layout: str = "mapped"
+    protect: str | None = None
     saliency: str = "usage_frequency"
     allocation: str | None = None
     similarity: str | None = "router_logits"
@@ -116,6 +122,7 @@ class Recipe(LayerBudget):
     alignment: str | None = "weight_matching"
     merging: str | None = "weighted_average"
     importance: str = "usage_frequency"
+    protect_options: dict[str, Any] = field(default_factory=dict)
     saliency_options: dict[str, Any] = field(default_factory=dict)
     allocation_options: dict[str, Any] = field(default_factory=dict)
     similarity_options: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +130,8 @@ class Recipe(LayerBudget):
     alignment_options: dict[str, Any] = field(default_factory=dict)
     merging_options: dict[str, Any] = field(default_factory=dict)
     importance_options: dict[str, Any] = field(default_factory=dict)
+    constants: str | None = None
+    constants_options: dict[str, Any] = field(default_factory=dict)
     selection: str | None = None
     selection_options: dict[str, Any] = field(default_factory=dict)
     keep_experts: float | None = None
@@ -160,46 +169,6 @@ class Recipe(LayerBudget):
         self._check_steps()
         self._check_combinations()
 
-    def _check_budget(self) -> None:
-        if self.keep is None and self.num_experts is None:
-            object.__setattr__(self, "keep", 0.5)
-        if self.keep is not None and self.num_experts is not None:
-            raise ValueError(
-                f"keep is {self.keep} and num_experts is {self.num_experts}; they say the same. Give one of them."
-            )
-        if self.keep is not None and not (is_number(self.keep, float | int) and 0 < self.keep <= 1):
-            raise ValueError(f"keep is {self.keep!r}, it must be in (0, 1]. 0.5 keeps half of the experts.")
-        if self.num_experts is not None and not (is_number(self.num_experts, int) and self.num_experts >= 1):
-            raise ValueError(f"num_experts is {self.num_experts!r}, it must be a whole number >= 1.")
-        self._check_neuron_budget()
-
-    def _check_neuron_budget(self) -> None:
-        for name in ("fit_tokens", "every_expert_tokens"):
-            value = getattr(self, name)
-            if not (is_number(value, int) and value >= 1):
-                raise ValueError(f"{name} is {value!r}, it must be a whole number >= 1.")
-        is_ranked = self.decomposition in DECOMPOSITION and self.is_ranked
-        if self.selection is None and not is_ranked:
-            if self.keep_experts is not None:
-                raise ValueError(
-                    f"keep_experts is {self.keep_experts}, but selection is None. Use keep, or name a selection."
-                )
-            return
-        if self.num_experts is not None:
-            what = f"decomposition {self.decomposition!r} keeps ranks"
-            what = what if is_ranked else f"selection {self.selection!r} keeps neurons"
-            raise ValueError(
-                f"num_experts is {self.num_experts}, but {what}. "
-                "Use keep, and keep_experts for the share of the experts."
-            )
-        if self.keep_experts is None:
-            return
-        if not (is_number(self.keep_experts, float | int) and self.keep <= self.keep_experts <= 1):
-            raise ValueError(
-                f"keep_experts is {self.keep_experts!r}, it must be in [keep, 1] = [{self.keep}, 1]: the experts that "
-                "stay are narrowed to the share keep of all neurons."
-            )
-
     def _check_steps(self) -> None:
         for step, registry in STEPS.items():
             name, options = getattr(self, step), getattr(self, f"{step}_options")
@@ -219,6 +188,12 @@ class Recipe(LayerBudget):
                 f"allocation is {self.allocation!r}, but layout 'native' needs the same number of experts in all "
                 "layers. Use allocation='uniform' or layout='mapped'."
             )
+        asked = GROUPING.asks_for(self.grouping)
+        if self.protect is not None and "tokens" in asked and "protected" not in asked:
+            raise ValueError(
+                f"protect is {self.protect!r}, but grouping {self.grouping!r} judges all experts of a layer together. "
+                "Use protect=None or another grouping."
+            )
         if self.keep_experts is not None and self.selection is not None and self.allocation != "uniform":
             raise ValueError(
                 f"allocation is {self.allocation!r}, but with keep_experts all layers keep the same number of "
@@ -230,9 +205,9 @@ class Recipe(LayerBudget):
                 f"exclude_layers is {list(self.exclude_layers)}, but layout 'native' needs the same number of experts "
                 "in all layers. Use layout='mapped'."
             )
-        if self.grouping == "dominant_experts" and self.similarity is None:
+        if GROUPING.trait(self.grouping, "reads_similarity", False) and self.similarity is None:
             raise ValueError(
-                "grouping 'dominant_experts' needs a similarity, got None. Use similarity='router_logits'."
+                f"grouping {self.grouping!r} needs a similarity, got None. Use similarity='router_logits'."
             )
         if self.router is not None and self.layout == "mapped":
             raise ValueError(
@@ -244,6 +219,18 @@ class Recipe(LayerBudget):
         if self.collapse_duplicates not in (True, False, "auto"):
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
+            )
+        if self.constants is not None and (
+            self.layout != "mapped" or not GROUPING.trait(self.grouping, "drops", False)
+        ):
+            raise ValueError(
+                f"constants is {self.constants!r}, but layout {self.layout!r} with grouping {self.grouping!r} has no "
+                "slots of dropped experts. Use layout='mapped' and grouping='drop', or constants=None."
+            )
+        if self.constants is not None and self.matching_options.get("router"):
+            raise ValueError(
+                f"constants is {self.constants!r} and matching trains the router, which changes the gates of dropped "
+                "slots too. Leave one of them out."
             )
         if self.decomposition is not None and self.layout == "native":
             raise ValueError("decomposition needs layout 'mapped', got 'native'. No plain model can hold factors.")
@@ -264,15 +251,25 @@ class Recipe(LayerBudget):
         used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
         return frozenset().union(*(registry.needs(name) for registry, name in used)) - NOT_STATISTICS
 
+    def statistics_with(self, trait: str) -> list[str]:
+        """The statistics that the steps read and that have a trait."""
+        return sorted(name for name in self.statistics_needed() if STATISTICS.trait(name, trait, False))
+
     @property
     def is_fitted(self) -> bool:
         """Whether neurons are selected, down projections fitted or layers trained."""
         return not (self.selection is None and self.refit is None and self.matching is None)
 
     @property
+    def is_fitted_on_tokens(self) -> bool:
+        """Whether that needs kept calibration tokens; a selection may need statistics only."""
+        selects = self.selection is not None and "grams" in SELECTION.asks_for(self.selection)
+        return selects or self.refit is not None or self.matching is not None
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether layers are run again on what they were given in calibration."""
-        if self.is_fitted or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)):
+        if self.is_fitted_on_tokens or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)):
             return True
         used = [(registry, getattr(self, step)) for step, registry in STEPS.items()]
         return any("tokens" in registry.asks_for(name) for registry, name in used if name is not None)

@@ -52,6 +52,22 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     return Recipe(**{name: value for name, value in values.items() if name != "preset"})
 
 
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Plain containers from which `recipe_from_dict` gives the recipe back, whatever defaults a later version has.
+
+    Every field that decides something is there, also where it is the default of today.
+    """
+    preset = PRESETS[recipe.preset].recipe if recipe.preset in PRESETS else {}
+    said: dict[str, Any] = {"preset": None} if recipe.preset else {}
+    for one in dataclasses.fields(Recipe):
+        value = getattr(recipe, one.name)
+        value = list(value) if isinstance(value, tuple) else value
+        is_empty = value in ({}, []) or (value is None and one.default is None)
+        if not is_empty or one.name in preset:
+            said[one.name] = value
+    return said
+
+
 def recipe_from_yaml(path: str | Path) -> Recipe:
     """A recipe from a YAML file; unknown keys are refused.
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .decomposition import DECOMPOSITION
 from .low_rank import num_kept_rows, resolve_rank
+from .modeling.constant_outputs import ConstantOutputs
 from .modeling.experts import slot_axis
 from .modeling.forms import ExpertForm, form_layers
 from .modeling.forms.low_rank_sparse import matrix_sizes
@@ -61,6 +62,7 @@ def measure(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Sizes:
     formed = form_layers(model).values()
     experts = {id(tensor) for layer in layers for tensor in layer.expert_parameters.values()}
     experts |= {id(tensor) for form in formed for tensor in expert_tensors(form)}
+    constants = {id(m.vectors) for m in model.modules() if isinstance(m, ConstantOutputs)}
     lookups = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     rest = Sizes(0, 0, 0, 0, 0, 0)
     for names, tensor in stored_tensors(model):
@@ -69,7 +71,9 @@ def measure(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Sizes:
         numel = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
         active = 0 if lookups.issuperset(names) else numel
         flops = 2 * active if tensor.dim() >= 2 else 0
-        rest += Sizes(numel, active, 0, tensor.numel() * tensor.element_size(), 0, flops)
+        size = tensor.numel() * tensor.element_size()
+        of_experts = (numel, size) if id(tensor) in constants else (0, 0)
+        rest += Sizes(numel, active, of_experts[0], size, of_experts[1], flops)
     for layer in layers:
         sizes = expert_sizes(layer, layer.num_experts, expert_size(layer))
         # Tied experts of two layers are stored once but used twice.
@@ -197,6 +201,13 @@ def expert_sizes(layer: MoeLayer, num_experts: int, expert: ExpertSize) -> Sizes
     used = min(layer.top_k, num_experts)
     parameters, size = num_experts * expert.parameters, num_experts * expert.bytes
     return Sizes(parameters, used * expert.parameters, parameters, size, size, 2 * used * expert.matrix_entries)
+
+
+def constant_sizes(layer: MoeLayer, num_constants: int) -> Sizes:
+    """What the constants of dropped slots add to the sizes of the model: D numbers each, all of them active."""
+    numbers = num_constants * layer.hidden_size
+    size = numbers * next(iter(layer.expert_parameters.values())).element_size() if numbers else 0
+    return Sizes(numbers, numbers, numbers, size, size, 2 * numbers)
 
 
 def router_sizes(layer: MoeLayer, num_slots: int) -> Sizes:

@@ -1,11 +1,15 @@
 """The values that flow between the steps. N slots, M stored experts, k top-k, D hidden size, I width, T tokens."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from .report_types import CompressionReport as CompressionReport
+from .report_types import LayerReport as LayerReport
+from .report_types import Trial as Trial
 
 if TYPE_CHECKING:
     from .families.base import MoeFamily
@@ -147,7 +151,9 @@ class LayerStatistics:
 
     num_tokens: int
     selection_count: Tensor  # (N,) int64: tokens that the router sent to each slot with a non-zero weight
-    sums: Mapping[str, Tensor] = field(default_factory=dict)  # float64, by the name of the statistic
+    sums: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # by the name of the statistic; float64 or its `precision`
 
     def __getitem__(self, name: str) -> Tensor:
         """The statistic `name` of the registry `STATISTICS`.
@@ -217,71 +223,3 @@ class Routing:
 
     slot_map: Tensor | None = None  # (N,) int64 in [-1, M): mapped layout; -1 adds nothing
     rows: Tensor | None = None  # (M,) int64 ascending: native layout, the router rows that stay
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What compression did to one layer; plain numbers, ready for JSON."""
-
-    layer: str
-    num_slots: int
-    num_experts_before: int
-    num_experts_after: int
-    parameters_before: int
-    parameters_after: int
-    bytes_before: int
-    bytes_after: int
-    relative_error: float | None  # |new output - old output|^2 / |old output|^2 on held-out tokens; None: no tokens
-    duplicate_share: float | None  # share of a held-out token's slots that hit an expert it already has
-    unused_experts: int  # slots that no calibration token selected
-    seconds: float
-    group_of_expert: list[int]
-    dominant_of_group: list[int]
-    usage_frequency: list[float]
-    widths: list[int]  # neurons of each of the M experts
-    refit_error_before: float | None = None  # relative_error without the refit, the refit's own view; None: no refit
-    refit_error_after: float | None = None  # with it; it was dropped where this is not less
-    router_error_before: float | None = None  # relative_error with the rows of the dominants; None: no router rule
-    router_error_after: float | None = None  # with the rule's rows; they were dropped where this is not less
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One recipe that the preset "auto" considered, and what it did to the model; plain values, ready for JSON."""
-
-    preset: str
-    changes: dict[str, Any]  # of the preset's steps
-    kl: float | None = None  # KL(original || result), nats per held-out calibration token; None: not tried
-    loss_increase: float | None = None  # nats per held-out calibration token
-    seconds: float | None = None  # of copying, compressing and comparing
-    skipped: str | None = None  # why it was not tried
-    is_chosen: bool = False
-
-    @property
-    def label(self) -> str:
-        """The preset and its changes: "m-smoe, refit=least_squares"."""
-        return ", ".join([self.preset, *(f"{name}={value}" for name, value in self.changes.items())])
-
-
-@dataclass(frozen=True)
-class CompressionReport:
-    """What one run of `compress_moe` did; written as `compression_report.json`."""
-
-    recipe: dict[str, Any]
-    calibration: dict[str, Any] | None
-    layers: list[LayerReport]
-    base_model: str | None
-    base_architecture: str
-    total_parameters_before: int
-    total_parameters_after: int
-    total_bytes_before: int
-    total_bytes_after: int
-    seconds: float
-    versions: dict[str, str]
-    format_version: int = 1
-    warnings: list[str] = field(default_factory=list)
-    tried: list[Trial] = field(default_factory=list)  # by the preset "auto"; `recipe` is the chosen one
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers, ready for JSON."""
-        return asdict(self)

@@ -6,6 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from hf_mcsmoe.publishing import STATISTICS_FILE
+
+VARYING = re.compile(r'seconds|"process": \d')  # lines of a report that say how long it took and how much memory
+
 
 def tensors(folder):
     """All tensors of a checkpoint, by name."""
@@ -13,13 +17,14 @@ def tensors(folder):
 
 
 def texts(folder):
-    """Configuration, report and the other files of a checkpoint, without times and its own name."""
-    found = {}
+    """Configuration, report and the other files of a checkpoint, without times, memory and its own name."""
+    found = {"statistics": (Path(folder) / STATISTICS_FILE).read_bytes()}
     for file in Path(folder).iterdir():
-        if file.suffix == ".safetensors" or file.name.endswith(".index.json"):
+        # All that the page says is in the report.
+        if file.is_dir() or file.suffix in (".safetensors", ".html") or file.name.endswith(".index.json"):
             continue
         lines = file.read_text().replace(Path(folder).name, "NAME").splitlines()
-        found[file.name] = [re.sub(r" in [\d.]+ (s|min|h)\b", "", line) for line in lines if "seconds" not in line]
+        found[file.name] = [re.sub(r" in [\d.]+ (s|min|h)\b", "", line) for line in lines if not VARYING.search(line)]
     return found
 
 

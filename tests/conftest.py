@@ -12,9 +12,24 @@ from tiny_models import CAUSAL_FAMILIES, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe
+from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe, export_checkpoint
+from hf_mcsmoe.publishing.plots import draw_plots
 
 torch.set_num_threads(1)  # sums of a tiny model in one order, whatever the machine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_plots():
+    """Checkpoints are written without plots, which take longer to draw than a tiny model takes to compress."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_mcsmoe.publishing.page.draw_plots", lambda report, statistics: {})  # noqa: ARG005
+        yield
+
+
+@pytest.fixture
+def plots(monkeypatch):
+    """Within the test plots are drawn, as they are for users."""
+    monkeypatch.setattr("hf_mcsmoe.publishing.page.draw_plots", draw_plots)
 
 
 @pytest.fixture(scope="session")
@@ -93,5 +108,28 @@ def stream(tokens, tmp_path):
         recipe = Recipe(**{"allocation": "uniform", **changes})
         where = {"output_dir": tmp_path / output, "executor": "auto"}
         return compress_moe(folder, recipe, calibration=data, **where, progress=False)
+
+    return run
+
+
+@pytest.fixture
+def write_compressed(tmp_path, tokens, original):
+    """`write_compressed(model, name, **recipe)`: the folder tmp_path / name with a result."""
+
+    def run(model, name="mapped", **recipe):
+        model = original(model) if isinstance(model, str) else model
+        compress_moe(model, Recipe(**recipe), calibration=tokens, output_dir=tmp_path / name, progress=False)
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def export(tmp_path):
+    """`export(folder, ...)`: the exported folder and its report."""
+
+    def run(folder, **options):
+        report = export_checkpoint(folder, tmp_path / "exported", progress=False, **options)
+        return tmp_path / "exported", report
 
     return run

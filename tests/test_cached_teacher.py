@@ -218,11 +218,11 @@ def test_files_that_do_not_fit_are_refused(cache, tmp_path):
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    save_file(newer, tmp_path / "newer.safetensors", {**metadata, "format_version": json.dumps(2)})
+    save_file(newer, tmp_path / "newer.safetensors", {**metadata, "format_version": json.dumps(3)})
     for name, message in (
         ("model", "holds no cached logits"),
         ("text", "is no file of cached logits"),
-        ("newer", "format_version 2, this hf_mcsmoe reads up to 1"),
+        ("newer", "format_version 3, this hf_mcsmoe reads up to 2"),
     ):
         with pytest.raises(ValueError, match=message):
             CachedTeacher(tmp_path / f"{name}.safetensors")

@@ -21,7 +21,10 @@ from hf_mcsmoe.planning import plan
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 
-VERBS = ("demo", "families", "inspect", "plan", "compress", "evaluate", "cache-teacher", "recover", "push")
+VERBS = (
+    *("demo", "families", "inspect", "plan", "compress", "evaluate", "cache-teacher", "recover"),
+    *("export", "report", "push"),
+)
 
 
 def run(*arguments):
@@ -271,8 +274,12 @@ def test_demo_goes_the_whole_way(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mcsmoe.cli.demo.CALIBRATION_ROWS", 16)
     monkeypatch.setattr("hf_mcsmoe.cli.demo.EVALUATION_ROWS", 4)
     text = succeed("demo", "--output", tmp_path / "out", "--layout", "native")
-    for part in ("1. ", "5. ", "parameters", "perplexity", "original: '", "compressed: '", "Next, try:"):
+    parts = ("1. ", "6. ", "parameters", "perplexity", "repeated", "original: '", "m-smoe: '", "narrow-obs: '")
+    for part in (*parts, "compression_report.html", "Next, try:"):
         assert part in text
+    assert text.index("m-smoe:") < text.index("narrow-obs:")
+    report = json.loads((tmp_path / "out" / "compression_report.json").read_text())
+    assert report["recipe"]["preset"] == "narrow-obs" and report["evaluation"]["generation"]["prompts"] == 9
     assert (tmp_path / "out" / "README.md").is_file()
     fail("exists and is not empty", "demo", "--output", tmp_path / "out")
 

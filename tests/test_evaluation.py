@@ -5,21 +5,21 @@ import warnings
 from logging.handlers import BufferingHandler
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
 from torch import nn
 
-from hf_mcsmoe import evaluation_data
 from hf_mcsmoe.calibration import Calibration, CalibrationBatch
 from hf_mcsmoe.evaluation import (
     DomainScore,
     Evaluation,
     evaluate_model,
     generate_samples,
-    load_evaluation_data,
     repetition,
 )
+from hf_mcsmoe.evaluation_intervals import ratio_of_sums
 
 VOCABULARY = 160
 
@@ -33,6 +33,13 @@ def batch_of(rows, *, left=False, held_out=False, pad=0):
         place = slice(length - len(row), None) if left else slice(len(row))
         ids[number, place], mask[number, place] = torch.tensor(row), True
     return CalibrationBatch({"input_ids": ids, "attention_mask": mask.long()}, mask, held_out)
+
+
+def flat(values, prefix=""):
+    """Nested mappings as one."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {name: value for key, part in values.items() for name, value in flat(part, f"{prefix}.{key}").items()}
 
 
 def random_rows(*lengths, seed=0):
@@ -165,7 +172,7 @@ def test_chunks_and_batches_do_not_change_the_scores(model, baseline):
         parts = evaluate_model(model, data, baseline=baseline, progress=False, **sizes).to_dict()
         for name, score in [*whole["domains"].items(), ("overall", whole["overall"])]:
             part = parts["overall"] if name == "overall" else parts["domains"][name]
-            assert part == pytest.approx(score, rel=1e-5), (sizes, name)
+            assert flat(part) == pytest.approx(flat(score), rel=1e-5), (sizes, name)
 
 
 def test_the_default_chunk_follows_the_vocabulary(model, monkeypatch):
@@ -222,6 +229,39 @@ def test_one_row_has_no_standard_error(model):
     assert result.domains["a"].loss_standard_error is None
     assert result.domains["b"].loss_standard_error > 0
     assert result.overall.loss_standard_error is None
+
+
+def test_intervals_are_those_of_the_rows_and_the_increase_is_paired(model, baseline):
+    rows = random_rows(6, 9, 4, 12)
+    score = evaluate_model(model, {"a": Calibration((batch_of(rows),), "")}, baseline=baseline, progress=False).overall
+    losses, others = ([reference_losses(one, row) for row in rows] for one in (model, baseline))
+    counts = np.array([len(row) for row in losses])
+    sums, other_sums = (np.array([sum(row) for row in part]) for part in (losses, others))
+    for interval, values, value in (
+        (score.loss_interval, sums, score.loss),
+        (score.loss_increase_interval, sums - other_sums, score.loss_increase),
+    ):
+        expected = ratio_of_sums(values, counts)
+        assert value == pytest.approx(expected.value, rel=1e-4)
+        assert (interval.low, interval.high) == pytest.approx(
+            (expected.interval().low, expected.interval().high), rel=1e-3
+        )
+    assert score.perplexity_interval.low == pytest.approx(math.exp(score.loss_interval.low))
+    assert score.baseline_perplexity == pytest.approx(math.exp(score.baseline_loss))
+    assert score.rows == 4 and score.loss_increase == pytest.approx(score.loss - score.baseline_loss)
+    assert 0 <= score.kl_interval.low < score.kl < score.kl_interval.high
+    assert 0 <= score.top1_agreement_interval.low <= score.top1_agreement <= score.top1_agreement_interval.high <= 1
+
+
+def test_a_baseline_is_named_without_its_folders(tmp_path):
+    class Named(TableModel):
+        def __init__(self):
+            super().__init__(torch.zeros(5, 5))
+            self.config.name_or_path = str(tmp_path / "secret" / "base")
+
+    data = {"a": Calibration((batch_of([[1, 2, 3]]),), "")}
+    scores = evaluate_model(TableModel(torch.zeros(5, 5)), data, baseline=Named(), progress=False)
+    assert scores.baseline == "./base" and scores.kl_top_k is None
 
 
 def test_every_submodule_gets_its_mode_back():
@@ -350,45 +390,6 @@ def test_repetition_is_the_share_of_ngrams_that_occurred_before():
     assert repetition("too short", n=4) == 0
     with pytest.raises(ValueError, match="n is 0"):
         repetition("a", n=0)
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_rows_of_a_file_are_grouped_by_their_domain(tmp_path):
-    rows = [{"domain": d, "text": t} for d, t in (("code", "5 6 7"), ("prose", "8 9"), ("code", "10 11 12 13"))]
-    path = write_rows(tmp_path / "mixed.jsonl", rows)
-    data = load_evaluation_data(path, WordTokenizer(), sequence_length=3, vocab_size=VOCABULARY)
-    assert list(data) == ["code", "prose"]
-    assert not any(batch.held_out for part in data.values() for batch in part.batches)
-    batch = data["code"].batches[0]
-    code = [row[mask].tolist() for row, mask in zip(batch.inputs["input_ids"], batch.token_mask, strict=True)]
-    assert code == [[5, 6, 7], [2, 10, 11], [12, 13]]  # all of the text, joined by the end-of-text token
-    assert data["code"].source.startswith("file mixed.jsonl") and data["code"].source.endswith("domain code")
-    assert load_evaluation_data(str(path), WordTokenizer(), sequence_length=3, num_samples=1)["code"].num_rows == 1
-
-    write_rows(path, [*rows, {"text": "8 9"}])
-    with pytest.raises(ValueError, match=r"Row 3 of the file mixed.jsonl .* has the domain None"):
-        load_evaluation_data(path, WordTokenizer())
-
-
-def test_other_sources_are_one_domain(tmp_path, monkeypatch):
-    path = tmp_path / "book.txt"
-    path.write_text(" ".join(str(3 + i % 100) for i in range(600)))
-    data = load_evaluation_data(path, WordTokenizer())
-    assert list(data) == ["book"]
-    assert data["book"].num_tokens == 600 and data["book"].batches[0].token_mask.shape == (3, 256)
-
-    tokens = torch.randint(3, VOCABULARY, (300, 5))
-    assert load_evaluation_data(tokens, None)["data"].num_tokens == 1500
-    assert load_evaluation_data(["5 6 7", "8 9"], WordTokenizer())["data"].num_tokens == 6
-    kept = Calibration((batch_of([[1, 2]]),), "")
-    assert load_evaluation_data(kept, None)["data"] is kept
-
-    monkeypatch.setattr(evaluation_data, "EVALUATION_TEXT", path)
-    assert list(load_evaluation_data(None, WordTokenizer())) == ["book"]
 
 
 def test_a_model_that_accelerate_offloads_gives_the_same_scores(model, tmp_path):

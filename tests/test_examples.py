@@ -1,15 +1,18 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hub_clients import environment
+from hub_server import Hub
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(*command: str) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+def run(*command: str, environment: dict[str, str] | None = None) -> str:
+    environment = environment or {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=280, check=False
     )
@@ -30,6 +33,39 @@ def test_an_operator_from_outside_of_the_package_merges_and_is_measured():
     assert set(losses) == {"weighted_average", "largest_magnitude"}
     for before, after in losses.values():
         assert 2 < before < 4 and before < after  # a trained model, made worse by merging
+
+
+def test_a_report_is_read():
+    lines = run(str(EXAMPLES / "reading_a_report.py")).splitlines()
+    assert "5,655,296 -> 3,296,000 bytes (58.3%)" in lines
+    layers = [line for line in lines if "output error 0." in line]
+    assert len(layers) == 4 and sum("similarity " in line for line in lines) == 4
+    kept = [int(line.split(" experts")[0].split()[-1]) for line in layers]
+    assert sum(kept) == 32
+
+
+@pytest.mark.slow
+def test_a_large_model_is_streamed(tmp_path):
+    printed = run(str(EXAMPLES / "stream_a_large_model.py"), "--output", str(tmp_path / "half"), "--num-samples", "16")
+    assert re.search(r"planned: 5,6\d\d,\d{3} -> 3,\d{3},\d{3} bytes", printed)
+    assert "in 1 pass" in printed and "interrupted run had done: 0 of 4" in printed
+    assert (tmp_path / "half" / "compression_report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_model_is_compressed_evaluated_and_published(tmp_path):
+    hub = Hub({"hf_aliceMayWrite0123456789": ("alice", True)})
+    online = environment(hub.endpoint, tmp_path / "home", "hf_aliceMayWrite0123456789")
+    arguments = ("--output", str(tmp_path / "half"), "--repo", "alice/half", "--rows", "2")
+    try:
+        printed = run(str(EXAMPLES / "compress_and_publish.py"), *arguments, environment=online)
+        files = hub.repositories["alice/half"].files()
+    finally:
+        hub.close()
+    before, after = (float(printed.split(word)[1].split()[0]) for word in ("loss ", " -> "))
+    assert 2 < before < after < before + 1
+    assert {"compression_report.html", "plots/layers.png", "README.md", "model.safetensors"} <= files.keys()
+    assert "/commit/" in printed and b"not evaluated." not in files["README.md"].split(b"## Evaluation")[1][:200]
 
 
 @pytest.mark.slow

@@ -348,7 +348,7 @@ def test_dropped_experts_add_nothing_beside_special_routing(key):
 
 def test_native_refuses_to_drop_what_a_table_names():
     recipe = Recipe(keep=0.5, layout="native", similarity=None, **DROP)
-    with pytest.raises(ValueError, match=r"grouping 'drop' leaves no expert .* in tid2eid.*Use layout='mapped'"):
+    with pytest.raises(ValueError, match=r"Dropped experts leave none for .* in tid2eid.*Use layout='mapped'"):
         compress_moe(copy.deepcopy(tiny("deepseek_v4")), recipe, calibration=load_calibration(IDS), progress=False)
     layer = find_layers(copy.deepcopy(tiny("deepseek_v4")))[0]
     rows, group_of_expert = torch.tensor([0, 1]), torch.tensor([0, 1, -1, -1, -1, -1, -1, -1])

@@ -97,10 +97,9 @@ result = [str(card), metadata_load(hf_hub_download("alice/half", "README.md"))]
     errors = [layer["relative_error"] for layer in report["layers"]]
     assert f"{max(errors):.4g}" in text and f"{min(errors):.4g}" in text
     score = report["evaluation"]["overall"]
-    row = (
-        f"| {score['perplexity']:.4g} | {score['loss']:.4f} ± {score['loss_standard_error']:.4f} | {score['kl']:.4f} |"
-    )
-    assert row in text and f"| {score['top1_agreement']:.1%} |" in text
+    increase, kl = score["loss_increase"], score["kl"]
+    assert f"| {score['perplexity']:#.4g} [" in text and f"| {increase:+.4f} [" in text and f"| {kl:.4f} [" in text
+    assert f"| {score['top1_agreement']:.1%} [" in text
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
     assert recipe == yaml.safe_load(pushed["recipe.yaml"])
 
@@ -234,7 +233,7 @@ def test_weights_of_an_earlier_model_are_replaced(hub, client, results):
     files = hub.repositories["alice/changing"].files()
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
     client.run(push(results / "native", "alice/changing"))
-    weights = [name for name in hub.repositories["alice/changing"].files() if "safetensors" in name]
+    weights = [name for name in hub.repositories["alice/changing"].files() if name.startswith("model.safetensors")]
     assert weights == ["model.safetensors"] and commits(hub, "alice/changing") == 3
 
 
@@ -303,6 +302,8 @@ model, tokenizer = load_model({str(results / layout)!r}), load_tokenizer({str(re
     # The weights of an object may have changed since they were evaluated.
     assert "not evaluated" in card.text and "evaluation" not in report
     assert report["layers"] == read_report(results / layout)["layers"]
+    statistics = "statistics/compression_statistics.safetensors"
+    assert files[statistics] == (results / layout / statistics).read_bytes() and "plots/similarity.png" in files
     assert "model-00001-of" in " ".join(files) and "tokenizer.json" in files
     assert ("modeling_hf_mcsmoe.py" in files) == (layout == "mapped")
     assert not any(b"secret-project" in written for written in files.values())

@@ -35,8 +35,9 @@ MODELS = {
 }
 # Why a preset does not have an identity. A new preset has all of them unless it says here why not.
 NOT_EXACT_AT_ALL = {"mc-smoe": "it decomposes what it keeps"}
-NOT_FREE_OF_NEURON_ORDER: dict[str, str] = {}
-NOT_FREE_OF_LABELS: dict[str, str] = {}
+UNALIGNED = "it averages neurons where they stand, as published"
+NOT_FREE_OF_NEURON_ORDER = {"hc-smoe": UNALIGNED, "merge-moe": UNALIGNED, "sub-moe": UNALIGNED}
+NOT_FREE_OF_LABELS = {"sub-moe": "K-means draws its starts by place", "random": "it draws a number for each label"}
 # Options under which a preset fits these models and does not take long.
 SMALLER = {name: {"matching_options": {"steps": 8}} for name in METHODS if name.endswith("-matched")}
 SMALLER["mc-smoe"] = {"decomposition_options": {"rank": 8, "keep_rows": 0.1}}
@@ -48,12 +49,14 @@ def changes_of(method):
 
 
 def solves(name):
-    """Whether a preset solves systems with what layers were given, where a bfloat16 model gives them other numbers.
+    """Whether a preset solves systems with what layers were given, or ranks neurons, or reads gradients.
 
-    Or whether it gives factors, of which only the product is the same whatever the rounding.
+    A bfloat16 model gives layers other numbers. And of factors only the product is the same whatever the rounding.
     """
     recipe = recipe_from_preset(**changes_of(name))
-    return recipe.needs_inputs or recipe.decomposition is not None or recipe.shared_base is not None
+    reads_numbers = recipe.selection is not None or bool(recipe.statistics_with("gradients"))
+    factors = recipe.decomposition is not None or recipe.shared_base is not None
+    return recipe.needs_inputs or factors or reads_numbers
 
 
 def choices(model):

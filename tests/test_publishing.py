@@ -200,7 +200,17 @@ def test_a_local_base_model_is_not_published_as_an_id(tmp_path):
 def test_sizes_in_the_card_are_those_of_the_report():
     rows = table_rows(section(card_of(), "Sizes"))
     assert rows[0] == ["parameters", "1,234,567", "765,432", "62.0%"]
-    assert rows[1] == ["bytes", "2,469,134 (2.47 MB)", "1,530,864 (1.53 MB)", "62.0%"]
+    assert rows[1] == ["active parameters of a token", *["not measured"] * 3]
+    assert rows[2] == ["bytes", "2,469,134 (2.47 MB)", "1,530,864 (1.53 MB)", "62.0%"]
+    known = compression_report(active_parameters_before=600_000, active_parameters_after=450_000)
+    assert table_rows(section(card_of(known), "Sizes"))[1] == [
+        "active parameters of a token",
+        "600,000",
+        "450,000",
+        "75.0%",
+    ]
+    ragged = compression_report(layers=[layer_report(0), replace(layer_report(1), widths=[60, 68])])
+    assert table_rows(section(card_of(ragged), "Sizes"))[1][0] == "active parameters of a token, on average"
 
 
 def test_neighbouring_layers_with_equal_sizes_share_a_row():
@@ -210,39 +220,18 @@ def test_neighbouring_layers_with_equal_sizes_share_a_row():
         ["`model.layers.4.mlp.experts`", "1", "16 → 6", "19,744 → 7,404", "39,488 → 14,808", "not measured"],
         ["`model.layers.5.mlp.experts`", "1", "16 → 8", "19,744 → 9,872", "39,488 → 19,744", "0.05"],
     ]
-    assert "with 38 experts instead of 80 in 5 MoE layers" in card_of().text
+    assert "with 38 experts instead of 80 in 5 MoE layers, 47.5% of the expert parameters." in card_of().text
+    narrow = [replace(layer_report(n, experts=16), parameters_after=9_872) for n in range(2)]
+    narrow_card = card_of(compression_report(layers=narrow))
+    assert "with 50.0% of the parameters of its 32 experts in 2 MoE layers." in narrow_card.text
     names = ["encoder.block.1.experts", "decoder.experts"]
     layers = [replace(layer_report(0), layer=name) for name in names]
     assert "| `encoder.block.1.experts … decoder.experts` | 2 |" in card_of(compression_report(layers=layers)).text
 
 
-def test_the_evaluation_table_holds_the_scores():
-    lines = section(card_of(evaluation=EVALUATION), "Evaluation")
-    assert table_rows(lines) == [
-        ["code", "1,201", f"{math.exp(2.0):.4g}", f"{math.exp(2.1):.4g}", "2.1000 ± 0.0500", "0.0625", "87.5%"],
-        ["prose", "803", f"{math.exp(3.0):.4g}", f"{math.exp(3.4):.4g}", "3.4000", "0.2500", "75.0%"],
-        ["all", "2,004", f"{math.exp(2.4):.4g}", f"{math.exp(2.6):.4g}", "2.6000 ± 0.0400", "0.1250", "81.2%"],
-    ]
-    assert lines[-2:] == ["- code: `file e.jsonl, domain code`", "- prose: `a \\| b`"]
-    limits = "\n".join(section(card_of(evaluation=EVALUATION), "Limitations"))
-    assert "worst domain first: prose (+0.4000), code (+0.1000)" in limits
-
-
 def test_the_evaluation_in_the_report_is_used():
     report = {**compression_report().to_dict(), "evaluation": EVALUATION.to_dict()}
     assert model_card(report).content == card_of(evaluation=EVALUATION).content
-
-
-def test_what_was_not_evaluated_says_so():
-    card = card_of()
-    assert section(card, "Evaluation") == ["Perplexity, KL to the base model and benchmarks: not evaluated."]
-    assert "was not evaluated" in section(card, "Limitations")[-1]
-
-    alone = DomainScore(1201, 2.1, 0.05, math.exp(2.1))
-    card = card_of(evaluation=Evaluation({"code": alone}, alone))
-    row = table_rows(section(card, "Evaluation"))[0]
-    assert (row[2], row[5], row[6]) == ("not evaluated",) * 3
-    assert "The loss of quality against the base model was not evaluated." in section(card, "Limitations")[-1]
 
 
 def test_limitations_name_the_worst_layers_and_unused_experts():
@@ -342,13 +331,25 @@ def test_a_written_card_knows_the_folder_and_the_base_models_licence(tmp_path):
     (folder / "tokenizer_config.json").write_text("{}")
     card = ModelCard.load(write_card(folder, repo_name="result"))
     assert (card.data.license, card.data.license_name, card.data.language) == ("other", "some-licence", None)
-    assert 'AutoTokenizer.from_pretrained("result")' in card.text and "2.1000 ± 0.0500" in card.text
+    assert 'AutoTokenizer.from_pretrained("result")' in card.text and "| +0.1000 |" in card.text
     assert metadata_load(write_card(folder, base_license="mit"))["license"] == "mit"
 
     (base / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     assert "license" not in metadata_load(write_card(folder))
     with pytest.raises(FileNotFoundError, match="Give the folder of a model"):
         write_card(base)
+
+
+def test_the_licence_of_a_base_model_on_the_hub_is_that_of_its_cached_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(card_module, "try_to_load_from_cache", lambda *_: None)
+    assert card_module.local_licence("some-lab/Tiny-MoE") is None
+    cached = tmp_path / "README.md"
+    cached.write_text("---\nlicense: apache-2.0\ntags: [moe]\n---\n")
+    asked = []
+    monkeypatch.setattr(card_module, "try_to_load_from_cache", lambda *names: asked.append(names) or str(cached))
+    assert card_module.local_licence("some-lab/Tiny-MoE") == {"license": "apache-2.0"}
+    assert card_module.local_licence(str(tmp_path)) == {"license": "apache-2.0"}  # a folder is read itself
+    assert asked == [("some-lab/Tiny-MoE", "README.md")] and card_module.local_licence(None) is None
 
 
 def test_text_from_outside_cannot_break_the_card():

@@ -77,7 +77,9 @@ def test_sizes_in_the_report_are_those_of_the_file(folders, pruned):  # noqa: F8
         own = [t for name, t in tensors.items() if "offsets" not in name and "expert_map" not in name]
         assert layer["bytes_after"] == bytes_of(own)
         assert layer["parameters_after"] == sum(t.numel() for t in own if t.is_floating_point())
-    assert report["recovery"]["row_pruning"]["rank"] == 4
+        assert layer["rank"] == 4
+    pruning = report["recovery"]["row_pruning"]
+    assert pruning["rank"] == 4 and sum(layer["sparse_rows"] for layer in report["layers"]) == pruning["kept_rows"]
 
 
 def test_an_interrupted_pruning_is_resumed_to_equal_bits(folders, data, tmp_path, monkeypatch):  # noqa: F811

@@ -1,6 +1,6 @@
 """(saliency per layer, average budget per layer) -> experts per layer. One file per rule.
 
-A rule may ask for "statistics_of_layer", a list of `LayerStatistics`. One that does has the trait
+A rule may ask for "statistics_of_layer", a list of `LayerStatistics`, and "seed". One that does has the trait
 
     check_budget: (sizes N of the layers, average budgets, all options) -> None; raises ValueError for a budget that
         cannot be spent. Of other rules the function itself is asked, with equal saliencies.

@@ -14,12 +14,14 @@ from .compare import compare_command
 from .compress import compress_command
 from .demo import demo_command
 from .evaluate import evaluate_command
+from .export import export_command
 from .families import families_command
 from .inspect import inspect_command
 from .methods import methods_command
 from .plan import plan_command
 from .push import push_command
 from .recover import recover_command
+from .report import report_command
 
 BAD_INPUT = 2  # exit code
 TRACEBACK_VARIABLE = "HF_MCSMOE_TRACEBACK"
@@ -81,6 +83,8 @@ app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
 app.command("compare")(compare_command)
 app.command("evaluate")(evaluate_command)
+app.command("export")(export_command)
+app.command("report")(report_command)
 app.command("push")(push_command)
 app.command("cache-teacher")(cache_teacher_command)
 # What it does not know itself are training arguments.

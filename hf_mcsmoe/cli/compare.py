@@ -43,7 +43,8 @@ def compare_command(
 
     Writes results.json, table.md and quality_over_bytes.png. What was finished stays: the same command goes on.
 
-    Example: hf-mcsmoe compare allenai/OLMoE-1B-7B-0924 --methods m-smoe,reap,joint-obs --output compared
+    Example: hf-mcsmoe compare allenai/OLMoE-1B-7B-0924 --methods m-smoe,reap,joint-obs --keep 0.75,0.5
+    --calibration texts.jsonl --eval held_out.jsonl --output compared
     """
     from ..calibration import load_calibration
     from ..compare import compare_methods, recipes_to_compare

@@ -23,6 +23,9 @@ def compress_command(
     layout: options.Layout = None,
     allocation: options.Allocation = None,
     exclude_layer: options.ExcludeLayer = None,
+    fit: options.Fit = None,
+    context_length: options.ContextLength = 4096,
+    rows: options.Rows = 1,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
     calibration: options.Calibration = None,
@@ -39,7 +42,7 @@ def compress_command(
     ] = "in_memory",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Compress the experts of a model, and write checkpoint, tokenizer, report, recipe and model card.
+    """Compress the experts of a model, and write checkpoint, tokenizer, report with plots, recipe and card.
 
     Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl --device-map auto
     """
@@ -49,6 +52,9 @@ def compress_command(
     from ..compress import compress_moe
     from ..planning import plan
 
+    recipe, found = options.fitted(recipe, model, fit, context_length, rows, keep, num_experts, trust_remote_code)
+    if found is not None:
+        typer.echo(str(found))
     show_plan(plan(model, recipe, trust_remote_code=trust_remote_code))
     result = compress_moe(
         model,
@@ -66,6 +72,7 @@ def compress_command(
     )
     show(result.compression_report)
     show_loading(output, recipe.layout)
+    typer.echo(f"Report with plots: {output / 'compression_report.html'}")
 
 
 def show_plan(planned: "ModelPlan") -> None:

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,14 @@ from .tables import before_after, human, print_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..evaluation import Evaluation
+
 PROMPT = "def read_file(path):\n"
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 256
-EVALUATION_ROWS = 32  # of 256 tokens, for each domain
+EVALUATION_ROWS = 16  # of 256 tokens, for each domain
+GENERATIONS, GENERATED_TOKENS = 16, 48
+MERGING = options.DEFAULT_PRESET
+SELECTION = {"mapped": "joint-obs", "native": "narrow-obs"}  # what loses least without training, by layout
 
 
 def demo_command(
@@ -28,12 +34,13 @@ def demo_command(
         str | None, typer.Option("--push-to", help="Upload the result to this repository, owner/name.")
     ] = None,
 ) -> None:
-    """Compress the tiny model that ships with this package, and compare it with the original. Offline, one minute.
+    """Compress the tiny model that ships with this package in two ways, and compare them. Offline, one minute.
 
     Example: hf-mcsmoe demo --keep 0.25 --output out
     """
     start = time.perf_counter()
-    recipe = options.build_recipe(preset=options.DEFAULT_PRESET, keep=keep, layout=layout)
+    merging = options.build_recipe(preset=MERGING, keep=keep, layout=layout)
+    selection = options.build_recipe(preset=SELECTION[layout], keep=keep)
     from transformers import AutoModelForCausalLM
 
     from ..checkpoint import check_output_folder
@@ -47,6 +54,8 @@ def demo_command(
     source = tiny_model_folder()
     # Compared in float32, which most CPUs compute faster than the bfloat16 that is stored.
     original, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
+    data = {"calibration": str(source.parent / "calibration.jsonl"), "num_samples": CALIBRATION_ROWS}
+    data["sequence_length"] = CALIBRATION_LENGTH
     step(
         1,
         f"The original: {type(original).__name__} with {human(original.num_parameters())} parameters, trained on "
@@ -54,47 +63,87 @@ def demo_command(
     )
     step(
         2,
-        f"Compress with {options.DEFAULT_PRESET} to {keep:.0%} of the experts: run calibration text, count how often "
-        "the router picks each expert, and merge the seldom used ones into the most similar often used one.",
+        f"Compress with {MERGING} to {keep:.0%} of the experts: run calibration text, count how often the router "
+        "picks each expert, and merge the seldom used ones into the most similar often used one.",
     )
-    compress_moe(
-        source,
-        recipe,
-        calibration=str(source.parent / "calibration.jsonl"),
-        output_dir=output,
-        num_samples=CALIBRATION_ROWS,
-        sequence_length=CALIBRATION_LENGTH,
-        overwrite=overwrite,
+    merged = compress_moe(load_model(source, dtype="float32"), merging, tokenizer=tokenizer, **data)
+    step(
+        3,
+        f"Compress with {selection.preset} to the same size: keep the neurons of the experts that cannot be replaced "
+        "by others, then fit what is left to the output of the original layer. Write the result.",
     )
-    step(3, f"Load the result from {output} with AutoModelForCausalLM, as any model.")
-    compressed = AutoModelForCausalLM.from_pretrained(output, dtype="float32")
-    show_sizes(original, compressed, source, output)
-    compare(original, compressed, tokenizer, source, output)
+    compress_moe(source, selection, output_dir=output, overwrite=overwrite, **data)
+    step(4, f"Load it from {output} with AutoModelForCausalLM, as any model.")
+    selected = AutoModelForCausalLM.from_pretrained(output, dtype="float32")
+    show_sizes(original, selected, source, output)
+    compare(original, {MERGING: merged, selection.preset: selected}, tokenizer, source, output)
     if push_to is not None:
         publish(output, push_to)
-    typer.echo(f"\nDone in {time.perf_counter() - start:.0f} s. Report and model card: {output / 'README.md'}")
+    typer.echo(f"\nDone in {time.perf_counter() - start:.0f} s. {written_files(output)}")
     show_next(source, output)
 
 
 def compare(
-    original: "PreTrainedModel", compressed: "PreTrainedModel", tokenizer: Any, source: Path, output: Path
+    original: "PreTrainedModel", results: "dict[str, PreTrainedModel]", tokenizer: Any, source: Path, output: Path
 ) -> None:
-    """Measure both models on held-out text and let them write; the scores go into the report and the card too."""
-    from ..evaluation import evaluate_model, generate_samples, load_evaluation_data
-    from .evaluate import save_scores, show
+    """Measure all models on held-out text and let them write; the last one's scores go into its report and card."""
+    from ..evaluation import load_evaluation_data
+    from ..evaluation_generation import encode_prompts, prompts_from_rows
+    from ..evaluation_run import Extras, beside, evaluate_whole
+    from .evaluate import save_scores
 
     step(
-        4,
-        f"Compare both on text that neither was trained on, {EVALUATION_ROWS} rows of each domain. Perplexity: how "
-        "many tokens the model hesitates between, lower is better. KL: how far predictions moved, 0 is not at all.",
+        5,
+        f"Compare both with the original on text that it was not trained on, {EVALUATION_ROWS} rows of each domain. "
+        "Perplexity: how many tokens the model hesitates between, lower is better. KL: how far predictions moved, 0 "
+        "is not at all. Repeated: the share of four tokens in a row that a text had before, as loops do.",
     )
     rows = load_evaluation_data(str(source.parent / "evaluation.jsonl"), tokenizer, num_samples=EVALUATION_ROWS)
-    scores = evaluate_model(compressed, rows, baseline=original)
-    show(scores)
-    save_scores(str(output), scores)
-    step(5, f"Let both continue {PROMPT!r}, always with the most likely token:")
-    for name, model in (("original", original), ("compressed", compressed)):
-        typer.echo(f"   {name}: {generate_samples(model, tokenizer, [PROMPT], max_new_tokens=32)[0]!r}")
+    prompts = [*prompts_from_rows(rows, GENERATIONS), *encode_prompts([PROMPT], tokenizer)]
+    extras = Extras(tokenizer, prompts, "beginnings of rows and the start of a function", GENERATED_TOKENS)
+    baseline = beside(lambda: original, extras)
+    written = {"original": baseline.measured.written}
+    scores_of: dict[str, Evaluation] = {}
+    for name, model in results.items():
+        scores_of[name], measured = evaluate_whole(partial(_itself, model), rows, extras, baseline)
+        written[name] = measured.written
+    show_comparison(scores_of)
+    save_scores(str(output), list(scores_of.values())[-1])
+    step(6, f"What each writes after {PROMPT!r}, always with the most likely token:")
+    for name, texts in written.items():
+        typer.echo(f"   {name}: {tokenizer.decode(texts[-1], skip_special_tokens=True)!r}")
+
+
+def show_comparison(scores_of: "dict[str, Evaluation]") -> None:
+    """Print a row for the original and one for each result: scores of all domains together."""
+    from .evaluation_tables import cell, estimate
+
+    first = next(iter(scores_of.values()))
+    base = estimate(first.generation.repetition.baseline, "{:.1%}")
+    rows = [["original", f"{first.overall.baseline_perplexity:.2f}", "", "", base]]
+    for name, scores in scores_of.items():
+        score = scores.overall
+        rows.append(
+            [
+                name,
+                cell(score.perplexity, score.perplexity_interval, "{:.2f}"),
+                cell(score.kl, score.kl_interval, "{:.4f}"),
+                cell(score.top1_agreement, score.top1_agreement_interval, "{:.1%}"),
+                estimate(scores.generation.repetition.value, "{:.1%}"),
+            ]
+        )
+    print_table("Comparison", ["", "perplexity", "KL (nats)", "same top token", "repeated"], rows)
+    typer.echo(f"In brackets: {first.confidence:.0%} confidence intervals. The model card has the domains one by one.")
+
+
+def _itself(model: "PreTrainedModel") -> "PreTrainedModel":
+    return model
+
+
+def written_files(output: Path) -> str:
+    """Where the files for people are."""
+    names = {"Model card": "README.md", "report to look at": "compression_report.html"}
+    return ", ".join(f"{label}: {output / name}" for label, name in names.items() if (output / name).is_file())
 
 
 def publish(output: Path, repo_id: str) -> None:
@@ -102,7 +151,7 @@ def publish(output: Path, repo_id: str) -> None:
     from ..publishing import push_checkpoint
     from .push import show_commit, show_files
 
-    step(6, f"Upload everything to {repo_id} in one commit.")
+    step(7, f"Upload everything to {repo_id} in one commit.")
     show_files(output, repo_id)
     show_commit(push_checkpoint(output, repo_id), create_pr=False)
 

@@ -1,65 +1,101 @@
 """`hf-mcsmoe evaluate`: how much a compressed model differs from its original."""
 
 import json
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
-from .tables import print_table
+from .evaluation_tables import show
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..calibration import Calibration
     from ..evaluation import Evaluation
+    from ..evaluation_run import Baseline, Extras, Measured
+
+DEFAULT_GENERATIONS = 16  # beside a baseline
 
 
 def evaluate_command(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of the model to evaluate.")],
     baseline: Annotated[str | None, typer.Option("--baseline", help="Model to compare with: the original.")] = None,
+    baseline_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--baseline-cache",
+            help="File for the logits of the baseline, .safetensors: then only one model is in memory at a time. "
+            "Made if it does not exist; with it --baseline is not needed any more.",
+        ),
+    ] = None,
     data: options.Data = None,
     num_samples: options.NumSamples = None,
     sequence_length: options.SequenceLength = None,
     batch_size: options.BatchSize = 8,
-    prompt: options.Prompt = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write.")] = 48,
+    generations: Annotated[
+        int | None,
+        typer.Option(
+            "--generations",
+            help="Beginnings of rows that the models continue, to look for loops; default "
+            f"{DEFAULT_GENERATIONS} with a baseline, else 0.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Continue this instead, and show it; repeatable.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write.")] = 64,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option("--lm-eval", help="Tasks of lm-eval, separated by commas; repeatable.")
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option("--lm-eval-include", help="Folder with more tasks of lm-eval (YAML files).")
+    ] = None,
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     save: Annotated[bool, typer.Option("--save", help="Add the scores to the report and the card in DIR.")] = False,
     as_json: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Measure perplexity per domain and, with --baseline, how often and how far predictions differ.
+    """Measure perplexity per domain and, with --baseline, how far predictions moved and whether the model loops.
 
-    Example: hf-mcsmoe evaluate out --baseline Qwen/Qwen3-30B-A3B --data held_out.jsonl --prompt "The capital of"
+    Example: hf-mcsmoe evaluate out --baseline Qwen/Qwen3-30B-A3B --data held_out.jsonl --save
     """
-    from ..evaluation import evaluate_model
+    from ..evaluation_harness import check_tasks
+    from ..evaluation_run import evaluate_whole
     from ..loading import load_model, load_tokenizer, read_config
 
     if save:
         from ..publishing import read_report
 
         read_report(folder)  # there must be one, before the models run
-    loading = {"trust_remote_code": trust_remote_code}
+    tasks = [task.strip() for given in lm_eval or [] for task in given.split(",") if task.strip()]
+    loading: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    vocab_size = read_config(folder, **loading).get_text_config().vocab_size
     tokenizer = load_tokenizer(folder, **loading)
     if tokenizer is None and baseline is not None:
         tokenizer = load_tokenizer(baseline, **loading)
-    if prompt and tokenizer is None:
-        raise ValueError(
-            f"--prompt needs a tokenizer, but {folder!r} has none. Save one there, or leave --prompt out."
-        )
-    vocab_size = read_config(folder, **loading).get_text_config().vocab_size
+    for option, given in (("--prompt", prompt), ("--lm-eval", tasks)):
+        if given and tokenizer is None:
+            raise ValueError(
+                f"{option} needs a tokenizer, but {folder!r} has none. Save one there, or leave {option} out."
+            )
+    if tasks:
+        check_tasks(tasks, lm_eval_include)
     limits = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
     rows = read_data(data, tokenizer, vocab_size=vocab_size, **limits)
-    model = load_model(folder, dtype=dtype, device_map=device_map, **loading)
-    original = load_model(baseline, dtype=dtype, device_map=device_map, **loading) if baseline is not None else None
-    scores = evaluate_model(model, rows, baseline=original)
-    samples = samples_of({"model": model, "baseline": original}, tokenizer, prompt or [], max_new_tokens)
+    if generations is None:
+        generations = DEFAULT_GENERATIONS if baseline or baseline_cache else 0
+    how = {"max_new_tokens": max_new_tokens, "tasks": tasks, "include": lm_eval_include, "batch_size": batch_size}
+    extras = choose_extras(rows, tokenizer, prompt or [], generations, **how)
+    load = partial(load_model, dtype=dtype, device_map=device_map, **loading)
+    compared = open_baseline(baseline, baseline_cache, load, rows, extras)
+    scores, measured = evaluate_whole(partial(load, folder), rows, extras, compared)
     if save:
         save_scores(folder, scores)
+    samples = samples_of(prompt or [], tokenizer, measured, compared)
     if as_json:
-        values = {"model": folder, "baseline": baseline, **scores.to_dict(), "samples": samples}
+        values = {"model": folder, **scores.to_dict(), "samples": samples}
         typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
         return
     show(scores)
@@ -84,50 +120,74 @@ def read_data(files: list[str] | None, tokenizer: Any, **options: Any) -> "dict[
     return rows
 
 
-def samples_of(
-    models: "dict[str, PreTrainedModel | None]", tokenizer: Any, prompts: list[str], max_new_tokens: int
-) -> list[dict[str, str]]:
-    """For each prompt, what the models that exist write after it, by their names."""
-    from ..evaluation import generate_samples
+def choose_extras(
+    rows: "dict[str, Calibration]", tokenizer: Any, texts: list[str], generations: int, **how: Any
+) -> "Extras":
+    """What is measured besides the loss: texts as prompts, or the beginnings of some rows.
 
-    if not prompts:  # there may be no tokenizer
-        return []
-    written = {
-        name: generate_samples(m, tokenizer, prompts, max_new_tokens) for name, m in models.items() if m is not None
-    }
+    Raises:
+        ValueError: A negative number, or a prompt without a token.
+    """
+    from ..evaluation_generation import PROMPT_TOKENS, encode_prompts, prompts_from_rows
+    from ..evaluation_run import Extras
+
+    if generations < 0 or how["max_new_tokens"] < 1:
+        raise ValueError(
+            f"--generations is {generations} and --max-new-tokens {how['max_new_tokens']}, they must be at least 0 "
+            "and 1. Use --generations 0 to write nothing."
+        )
+    if texts:
+        return Extras(tokenizer, encode_prompts(texts, tokenizer), "texts of the user", **how)
+    source = f"beginnings of rows of the evaluation text, at most {PROMPT_TOKENS} tokens"
+    return Extras(tokenizer, prompts_from_rows(rows, generations), source, **how)
+
+
+def open_baseline(
+    baseline: str | None, cache: Path | None, load: Any, rows: "dict[str, Calibration]", extras: "Extras"
+) -> "Baseline | None":
+    """What the options say to compare with.
+
+    Raises:
+        ValueError: The file is of another model than `baseline`, or does not fit the rows.
+    """
+    from ..evaluation_run import beside, one_at_a_time
+
+    if cache is None:
+        return None if baseline is None else beside(partial(load, baseline), extras)
+    loader = None if baseline is None else partial(load, baseline)
+    if baseline is not None and cache.exists():
+        from ..training import CachedTeacher
+
+        teacher = CachedTeacher(cache).description.teacher
+        if Path(teacher).name != Path(baseline).name:  # the same folder may be given in two ways
+            raise ValueError(
+                f"--baseline-cache {str(cache)!r} is of {teacher!r}, not of {baseline!r}. Name another file."
+            )
+    return one_at_a_time(loader, cache, rows, extras)
+
+
+def samples_of(
+    texts: list[str], tokenizer: Any, measured: "Measured", baseline: "Baseline | None"
+) -> list[dict[str, str]]:
+    """For each prompt that the user gave, what the models wrote after it."""
+    written = {"model": measured.written, "baseline": None if baseline is None else baseline.measured.written}
     return [
-        {"prompt": prompt, **{name: texts[position] for name, texts in written.items()}}
-        for position, prompt in enumerate(prompts)
+        {
+            "prompt": text,
+            **{
+                name: tokenizer.decode(rows[place], skip_special_tokens=True)
+                for name, rows in written.items()
+                if rows is not None
+            },
+        }
+        for place, text in enumerate(texts)
     ]
 
 
 def save_scores(folder: str, scores: "Evaluation") -> None:
-    """Add scores to the report and the model card in a folder."""
-    from pathlib import Path
-
-    from ..publishing import read_report, write_card, write_report
+    """Add scores to the report, its page and the model card in a folder."""
+    from ..publishing import read_report, write_card, write_pages, write_report
 
     write_report(read_report(folder), folder, scores)
+    write_pages(folder)
     write_card(folder, repo_name=Path(folder).resolve().name)
-
-
-def show(scores: "Evaluation") -> None:
-    """Print scores for people."""
-    columns = ["domain", "tokens", "perplexity"]
-    has_baseline = scores.overall.kl is not None
-    if has_baseline:
-        columns += ["baseline", "KL (nats)", "same top token"]
-    rows = []
-    for name, score in [*scores.domains.items(), ("all", scores.overall)]:
-        row = [name, f"{score.tokens:,}", f"{score.perplexity:.2f}"]
-        if has_baseline:
-            row += [f"{perplexity_of(score.baseline_loss):.2f}", f"{score.kl:.4f}", f"{score.top1_agreement:.1%}"]
-        rows.append(row)
-    print_table("Evaluation", columns, rows)
-
-
-def perplexity_of(loss: float) -> float:
-    """`exp(loss)`, at most the largest power that a float holds."""
-    import math
-
-    return math.exp(min(loss, 700.0))

@@ -3,13 +3,16 @@
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..allocation import ALLOCATION
 from ..recipe import LAYOUTS, PRESETS, Recipe
 from ..recipe_reading import recipe_from_dict, recipe_from_preset, recipe_from_yaml
+
+if TYPE_CHECKING:
+    from ..fitting import Fit as Fitted
 
 DEFAULT_PRESET = "m-smoe"
 
@@ -60,6 +63,12 @@ Rank = Annotated[int | None, typer.Option("--rank", help="Decompose experts into
 KeepRows = Annotated[
     float | None, typer.Option("--keep-rows", help="Share of the rows of the sparse part beside the factors.")
 ]
+Fit = Annotated[
+    str | None,
+    typer.Option("--fit", help="Instead of --keep: memory that the result must fit, such as 24GB, with its cache."),
+]
+ContextLength = Annotated[int, typer.Option("--context-length", help="With --fit: tokens of a row.")]
+Rows = Annotated[int, typer.Option("--rows", help="With --fit: rows at a time.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -131,3 +140,31 @@ def build_recipe(
 def as_layer(entry: str) -> int | str:
     """A position for a whole number, else the pattern itself."""
     return int(entry) if re.fullmatch(r"-?\d+", entry) else entry
+
+
+def fitted(
+    recipe: Recipe,
+    model: str,
+    fit: str | None,
+    context_length: int,
+    rows: int,
+    keep: float | None,
+    num_experts: int | None,
+    trust_remote_code: bool,
+) -> "tuple[Recipe, Fitted | None]":
+    """The recipe that fits the memory of --fit, and how it was found; the recipe as it is without --fit.
+
+    Raises:
+        ValueError: --fit beside --keep or --num-experts, or nothing fits.
+    """
+    if fit is None:
+        return recipe, None
+    if keep is not None or num_experts is not None:
+        raise ValueError("--fit finds what to keep, but --keep or --num-experts is given too. Give one of them.")
+    from ..fitting import fit_recipe
+    from ..loading import empty_model, read_config
+
+    loading = {"trust_remote_code": trust_remote_code}
+    described = empty_model(read_config(model, **loading), **loading)
+    found = fit_recipe(described, recipe, fit, context_length=context_length, batch_size=rows)
+    return found.recipe, found

@@ -21,6 +21,9 @@ def plan_command(
     layout: options.Layout = None,
     allocation: options.Allocation = None,
     exclude_layer: options.ExcludeLayer = None,
+    fit: options.Fit = None,
+    context_length: options.ContextLength = 4096,
+    rows: options.Rows = 1,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
     as_json: options.Json = False,
@@ -35,7 +38,10 @@ def plan_command(
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, **budget, **factors)
     from ..planning import plan
 
+    recipe, found = options.fitted(recipe, model, fit, context_length, rows, keep, num_experts, trust_remote_code)
     result = plan(model, recipe, trust_remote_code=trust_remote_code)
+    if found is not None and not as_json:
+        typer.echo(str(found))
     if as_json:
         typer.echo(json.dumps({"model": model, "recipe": recipe.to_dict(), **result.to_dict()}, indent=2))
     else:

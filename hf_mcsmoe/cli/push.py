@@ -23,7 +23,7 @@ def push_command(
     ] = None,
     commit_message: Annotated[str | None, typer.Option("--commit-message", help="Title of the commit.")] = None,
 ) -> None:
-    """Upload a compressed model to the Hub in one commit: weights, tokenizer, report, recipe and model card.
+    """Upload a compressed model to the Hub in one commit: weights, tokenizer, report, plots, recipe and card.
 
     HF_TOKEN or `hf auth login` says who you are, HF_ENDPOINT where the Hub is. Interrupted? Call it again.
 

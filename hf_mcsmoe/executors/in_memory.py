@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from transformers import PreTrainedModel
 from ..accumulator import StatisticsAccumulator
 from ..calibration import Calibration, CalibrationBatch
 from ..families import forward_call, reading_part, tied_layers
+from ..families.residual import ResidualStream
 from ..layer_inputs import LayerInputs, TensorOfBlock, ignore_passive, tokens_of_batch
 from ..modeling.offload import execution_device
 from ..observed import ObservedTokens
+from ..statistics import STATISTICS
 from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_mask, decoder_modules, with_decoder_inputs
+from .gradients import check_gradients, check_in_memory, differentiable, loss_of
 
 HELD_OUT_TOKENS = 512  # per layer: (D + k) numbers each
 FIT_HELD_OUT_TOKENS = 4096  # where they choose a ridge and judge a refit, too
@@ -37,6 +40,9 @@ class LayerObserver:
         self.is_held_out = False  # the present batch
         self.sampled_tokens: Tensor | None = None  # positions in the flattened batch to keep; None: none of them
         self.everywhere_tokens: Tensor | None = None  # positions of tokens that every expert is run on
+        self.residual: ResidualStream | None = None
+        self.is_deaf = False  # while a backward pass runs layers once more
+        self._waiting: list[list[Any]] = []  # (what was observed, d loss / d output) of the present batch
         self._logits: Tensor | None = None
 
     @contextmanager
@@ -50,6 +56,8 @@ class LayerObserver:
             handles.append(router.register_forward_hook(self._on_router_output))
         else:
             handles.append(experts.register_forward_pre_hook(self._on_experts, with_kwargs=True))
+        if self.accumulator.reads_gradients:
+            handles.append(experts.register_forward_hook(self._on_output))
         try:
             yield
         finally:
@@ -61,7 +69,7 @@ class LayerObserver:
         self._logits = logits.reshape(-1, logits.shape[-1])[:, : self.layer.num_slots]
 
     def _on_router(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        if self.sampled_tokens is not None:
+        if self.sampled_tokens is not None and not self.is_deaf:
             hidden_states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             tokens = hidden_states.shape[:-1].numel()
             taken = [self._take(value, tokens) for value in args]
@@ -113,16 +121,40 @@ class LayerObserver:
     def _on_router_output(self, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ARG002
         self._record(*self.layer.family.routed_by_router(self.layer, args, output))
 
+    def _on_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:  # noqa: ARG002
+        if not self.is_deaf and output.requires_grad:
+            of_batch = self._waiting[-1]
+            output.register_hook(lambda gradient: of_batch.append(gradient.detach()))
+
+    def add_gradients(self) -> None:
+        """After the backward pass of a batch: add what statistics make of it."""
+        for seen, *gradients in self._waiting:
+            for gradient in gradients:  # none for experts that the loss does not depend on
+                with_gradients = replace(seen, output_gradients=gradient.reshape(-1, gradient.shape[-1]))
+                self.accumulator.update_after_backward(with_gradients, self.layer)
+        self._waiting = []
+
     def _record(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
+        if self.is_deaf:
+            return
         tokens = index.shape[0]
         counted = self._counted(tokens)
         if not self.is_held_out:
             everywhere = self.everywhere_tokens
             sampled = self._among(everywhere, tokens).to(index.device) if everywhere is not None else None
             seen = ObservedTokens(
-                self.layer.num_slots, hidden_states.detach(), index, weights.detach(), counted, self._logits, sampled
+                self.layer.num_slots,
+                hidden_states.detach(),
+                index,
+                weights.detach(),
+                counted,
+                self._logits,
+                sampled,
+                self.residual.value if self.residual is not None else None,
             )
             self.accumulator.update(seen, self.layer)
+            if self.accumulator.reads_gradients:
+                self._waiting.append([seen])
         if self.sampled_tokens is not None:
             rows = self._sampled(tokens).to(index.device)
             index, weights = ignore_passive(index, weights, self.layer.num_slots)
@@ -194,6 +226,10 @@ def collect(
     Raises:
         ValueError: No layer saw a token, or the sums of one are NaN or Inf.
     """
+    of_gradients = sorted(name for name in needs if STATISTICS.trait(name, "gradients", False))
+    if of_gradients:
+        check_gradients(model, layers, of_gradients)
+        check_in_memory(model)
     in_decoder = decoder_modules(model)
     observers = [LayerObserver(layer, needs, layer.experts in in_decoder) for layer in layers]
     generator = torch.Generator().manual_seed(seed)
@@ -209,7 +245,12 @@ def collect(
     try:
         with ExitStack() as stack:
             for observer in observers:
+                if observer.accumulator.reads_residual:
+                    observer.residual = ResidualStream(model, observer.layer)
+                    stack.enter_context(observer.residual.attached())
                 stack.enter_context(observer.attached())
+            if of_gradients:
+                stack.enter_context(differentiable(model))
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
             for position, batch in enumerate(bar):
                 batch = with_decoder_inputs(batch, model)
@@ -217,7 +258,12 @@ def collect(
                 inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
                 called, inputs = forward_call(model, inputs)
                 inputs |= cheap_forward(called)
-                called(**inputs) if forward is None else forward(position, inputs)
+                if of_gradients and not batch.held_out:
+                    run_backward(called, inputs, batch, observers)
+                elif forward is None:
+                    called(**inputs)
+                else:
+                    forward(position, inputs)
     finally:
         model.train(was_training)
     observers = join_tied(observers)
@@ -229,6 +275,27 @@ def collect(
         )
         for o in observers
     }
+
+
+def run_backward(
+    called: nn.Module, inputs: dict[str, Any], batch: CalibrationBatch, observers: list[LayerObserver]
+) -> None:
+    """A forward that observers watch, and a backward in which they only note gradients.
+
+    Memory: the inputs of all decoder layers, the graph of one and the logits of the batch, and 2 D numbers for each of
+    its tokens and MoE layers.
+    """
+    with torch.enable_grad():
+        loss = loss_of(called, inputs, batch.token_mask)
+        for observer in observers:
+            observer.is_deaf = True
+        try:
+            loss.backward()
+        finally:
+            for observer in observers:
+                observer.is_deaf = False
+    for observer in observers:
+        observer.add_gradients()
 
 
 def join_tied(observers: list[LayerObserver]) -> list[LayerObserver]:

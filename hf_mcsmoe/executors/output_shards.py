@@ -15,7 +15,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..publishing import write_card, write_report
+from ..modeling.client_keys import add_client_keys
+from ..publishing import write_card, write_pages, write_report
 from ..types import CompressionReport
 from .skeleton import quiet
 
@@ -82,6 +83,7 @@ class OutputShards:
             if file.suffix != ".safetensors" and file.name != SAFE_WEIGHTS_INDEX_NAME:
                 file.replace(self.folder / file.name)
         shutil.rmtree(described)
+        add_client_keys(self.folder, model.config, model.config.name_or_path)
         weight_map = {name: record["file"] for record in records for name in record["tensors"]}
         metadata = {"total_parameters": num_parameters, "total_size": sum(record["size"] for record in records)}
         index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
@@ -89,10 +91,11 @@ class OutputShards:
 
 
 def publish(complete: Path, output: Path, report: CompressionReport, tokenizer: Any) -> None:
-    """Add tokenizer, report, recipe and card, then put the folder in the place of `output`."""
+    """Add tokenizer, report, page, recipe and card, then put the folder in the place of `output`."""
     if tokenizer is not None:
         tokenizer.save_pretrained(complete)
     write_report(report, complete)
+    write_pages(complete)
     write_card(complete, repo_name=output.name)
     if output.exists():
         output.rename(complete.parent / "replaced")  # removed together with the working folder

@@ -1,5 +1,6 @@
 """Compressing a checkpoint that need not fit in memory: decoder layer by decoder layer, from shards to shards."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -22,9 +24,13 @@ from ..families import find_layers
 from ..layouts import budget_of_layer, native_target, resolve_layers
 from ..loading import empty_model, read_config
 from ..outcome import conclude, count, package_version
+from ..protected_experts import check_room, protected_experts, with_protected
+from ..protection import PROTECTION
 from ..publishing.report import read_report
+from ..publishing.statistics_file import read_statistics
 from ..recipe import Recipe
-from ..types import CompressionReport, LayerReport, LayerStatistics
+from ..sizes import measure
+from ..types import CompressionReport, LayerStatistics
 from .decoder_stack import DecoderStack
 from .journal import JOURNAL_FILE, Journal
 from .output_shards import is_disk_full, publish
@@ -85,13 +91,15 @@ def compress_by_streaming(
     check_streamable(config, trust_remote_code)
     if recipe.sequential:
         raise NotStreamableError("its recipe is sequential")
+    if recipe.statistics_with("gradients"):
+        raise NotStreamableError("its recipe needs gradients of the loss, through all layers at once")
     shards = Shards(path)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
     layers, excluded = resolve_layers(find_layers(model), recipe)
     DecoderStack(model, layers)  # refuses before a file is written
     target_of = targets(model, shards)
-    before = count(model)
+    before, active = count(model), measure(model, find_layers(model)).active_parameters
     working = working_folder(output)
     journal = Journal(working, fingerprint(model, shards, recipe, data, device))
     if journal.done("published") and not (working / "model").exists():
@@ -99,27 +107,17 @@ def compress_by_streaming(
         return described_result(output)
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     all_stay = budget_of_layer(layers, recipe) == [layer.num_slots for layer in layers]
-    one_pass = all_stay or recipe.allocation in ONE_PASS_ALLOCATIONS
+    one_pass = all_stay or (recipe.allocation in ONE_PASS_ALLOCATIONS and recipe.protect is None)
     summary = StreamingSummary(1 if one_pass else 2, str(device), 0)
     try:
         with finished_layers_stay(working):
-            run = StreamingRun(
-                model,
-                shards,
-                target_of,
-                layers,
-                recipe,
-                data,
-                journal,
-                device=device,
-                hidden_states_bytes=hidden_states_bytes,
-                progress=progress,
-                summary=summary,
-            )
+            how = {"hidden_states_bytes": hidden_states_bytes, "progress": progress, "summary": summary}
+            run = StreamingRun(model, shards, target_of, layers, recipe, data, journal, device=device, **how)
             summary.num_decoder_layers = len(run.stack)
             stream(run, one_pass)
-            reports, layouts = run.results()
+            reports, layouts, recorded = run.results()
             totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
+            totals |= {"active_before": active, "statistics": recorded}
             conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
             journal.append({"step": "published", "layer": 0})
@@ -162,23 +160,41 @@ def stream(run: StreamingRun, one_pass: bool) -> None:
     run.read_before_stack()
     if one_pass:
         equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in layers]
-        saliency_of_layer, description = equal, "pass 1 of 1: statistics, merging"
+        saliency_of_layer, protected, description = equal, {}, "pass 1 of 1: statistics, merging"
     else:
         run.collect("pass 1 of 2: statistics")
-        saliency_of_layer = []
-        for index in (index for index, found in run.layers_of.items() if found):
-            collected, saliency = run.load_statistics(index)
-            saliency_of_layer += saliency.values()
-            statistics_of_layer += [one.statistics for one in collected.values()]  # and not the tokens beside them
+        saliency_of_layer, statistics_of_layer, protected = judge(run)
         description = "pass 2 of 2: merging"
     supply = {"statistics_of_layer": lambda: statistics_of_layer, "seed": lambda: run.recipe.seed}
     how = {"options": run.recipe.allocation_options, "supply": supply}
     allotted = ALLOCATION.call(run.recipe.allocation, saliency_of_layer, budget, **how)
-    names = [layer.name for layer in layers]
-    run.compress(
-        description, dict(zip(names, allotted, strict=True)), with_forward=one_pass or run.recipe.needs_inputs
-    )
+    num_experts = dict(zip([layer.name for layer in layers], allotted, strict=True))
+    check_room(run.recipe, num_experts, protected)
+    run.compress(description, num_experts, protected, with_forward=one_pass or run.recipe.needs_inputs)
     run.write_rest()
+
+
+def judge(run: StreamingRun) -> tuple[list[Tensor], list[LayerStatistics], dict[str, Tensor]]:
+    """(saliency and statistics of each layer, protected experts by layer), from the statistics of all layers.
+
+    Memory: what budgets and protection read of them; the rest is read one layer at a time.
+    """
+    saliency_of_layer: dict[str, Tensor] = {}
+    statistics: dict[str, LayerStatistics] = {}
+    names = set(ALLOCATION.needs(run.recipe.allocation))
+    if run.recipe.protect is not None:
+        names |= PROTECTION.needs(run.recipe.protect)
+    for index, found in run.layers_of.items():
+        if not found:
+            continue
+        collected, saliency = run.load_statistics(index)
+        saliency_of_layer |= saliency
+        for layer, one in collected.items():
+            sums = {name: one.statistics.sums[name] for name in names if name in one.statistics.sums}
+            statistics[layer] = LayerStatistics(one.statistics.num_tokens, one.statistics.selection_count, sums)
+    protected = protected_experts(run.recipe, statistics)
+    saliency = [with_protected(one, protected.get(layer)) for layer, one in saliency_of_layer.items()]
+    return saliency, list(statistics.values()), protected
 
 
 def working_folder(output: Path) -> Path:
@@ -200,11 +216,9 @@ def written_bytes(output_dir: str | os.PathLike) -> int:
 
 def described_result(output: Path) -> PreTrainedModel:
     """The model in `output` without its weights, with its report."""
-    values = read_report(output)
-    known = {name: values[name] for name in CompressionReport.__dataclass_fields__ if name in values}
-    known["layers"] = [LayerReport(**layer) for layer in known["layers"]]
+    report = CompressionReport.from_dict(read_report(output))
     model = empty_model(read_config(output))
-    model.compression_report = CompressionReport(**known)
+    model.compression_report = dataclasses.replace(report, statistics=read_statistics(output))
     return model
 
 

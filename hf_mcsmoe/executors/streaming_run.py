@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -123,12 +124,15 @@ class StreamingRun:
             self._record("statistics", index, {"hidden": self.hidden_states.record, "outputs": self.stack.num_outputs})
             self._forget(index)
 
-    def compress(self, description: str, num_experts: dict[str, int], *, with_forward: bool) -> None:
+    def compress(
+        self, description: str, num_experts: dict[str, int], protected: dict[str, Tensor], *, with_forward: bool
+    ) -> None:
         """Compress and write all layers.
 
         Args:
             description: For the progress bar.
             num_experts: M of each layer, by its name.
+            protected: Experts that stay as they are, (N,) bool, by the name of the layers that have some.
             with_forward: Statistics come from a forward now; else from `collect`.
         """
         done = self.journal.done("layer")
@@ -142,11 +146,13 @@ class StreamingRun:
             elif self.layers_of[index]:
                 collected = self.load_statistics(index)[0]
             start = time.perf_counter()
-            reports, layouts = [], {}
+            reports, layouts, recorded = [], {}, {}
             for layer in self.layers_of[index]:
-                kept = num_experts[layer.name]
-                report, layouts[layer.name] = compress_layer(layer, self.recipe, collected.pop(layer.name), kept)
+                of_layer, how = collected.pop(layer.name), (num_experts[layer.name], protected.get(layer.name))
+                report, layouts[layer.name], found = compress_layer(layer, self.recipe, of_layer, *how)
                 reports.append(asdict(report))
+                recorded |= found
+            save_file(recorded, self._record_file(index))
             start = self.summary.add_seconds("merge", start)
             written = self._write(index, stored_tensors(self.stack.modules[index], self.stack.prefix(index)))
             self.summary.add_seconds("write", start)
@@ -168,11 +174,13 @@ class StreamingRun:
         release(self.model)
         self.prefetcher.shutdown()
 
-    def results(self) -> tuple[list[LayerReport], dict[str, Any]]:
-        """Reports and layouts of all compressed layers, in the order of the model."""
-        records = [record for _, record in sorted(self.journal.done("layer").items())]
-        reports = [LayerReport(**report) for record in records for report in record["reports"]]
-        return reports, {name: layout for record in records for name, layout in record["layouts"].items()}
+    def results(self) -> tuple[list[LayerReport], dict[str, Any], dict[str, Tensor]]:
+        """Reports, layouts and recorded statistics of all compressed layers, in the order of the model."""
+        done = sorted(self.journal.done("layer").items())
+        reports = [LayerReport(**report) for _, record in done for report in record["reports"]]
+        layouts = {name: layout for _, record in done for name, layout in record["layouts"].items()}
+        files = [load_file(self._record_file(index)) for index, _ in done]
+        return reports, layouts, {name: tensor for file in files for name, tensor in file.items()}
 
     def written(self) -> list[dict[str, Any]]:
         """What was written, one record a shard."""
@@ -209,6 +217,10 @@ class StreamingRun:
 
     def _statistics_file(self, index: int) -> Path:
         return self.journal.folder / f"statistics-{index:05d}.pt"
+
+    def _record_file(self, index: int) -> Path:
+        """For what report and plots need of the statistics of a decoder layer."""
+        return self.journal.folder / f"record-{index:05d}.safetensors"
 
     def _bar(self, indices: range, description: str, done: dict[int, Any]) -> Any:
         left = [index for index in indices if index not in done]

@@ -27,7 +27,7 @@ def choose_dominant(saliency: Tensor, num_groups: int, num_partitions: int = 1) 
     return (order + first_of_run).flatten().sort().values
 
 
-@GROUPING.register("dominant_experts")
+@GROUPING.register("dominant_experts", reads_similarity=True)
 def group_around_dominant_experts(
     saliency: Tensor, similarity: Tensor, num_groups: int, num_partitions: int = 1
 ) -> ExpertGroups:

@@ -8,7 +8,7 @@ from . import GROUPING
 from .dominant_experts import choose_dominant
 
 
-@GROUPING.register("drop")
+@GROUPING.register("drop", drops=True)
 def drop_the_least_salient(
     saliency: Tensor,
     similarity: Tensor | None,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..families import find_layers
 from ..families.names import NUM_EXPERTS_NAMES, NUM_ROWS_NAMES
 from ..types import ExpertWeights, MoeLayer
+from .constant_outputs import attach_constants, note_constants
 from .forms import FORMS, ExpertForm, check_forms
 from .offload import execution_device, fetched, replace_tensor
 
@@ -62,6 +63,7 @@ def map_slots(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     """Forward pre-hook of an experts module (hidden_states, top_k_index, top_k_weights): slots to experts."""
     names = list(kwargs)
     given = [*args, *kwargs.values()]
+    note_constants(module, given[1], given[2])
     given[1], given[2] = module.expert_map(given[1], given[2], can_skip_experts(module))
     return tuple(given[: len(args)]), dict(zip(names, given[len(args) :], strict=True))
 
@@ -83,7 +85,8 @@ def attach_expert_map(layer: MoeLayer, layout: dict[str, Any], index: Tensor | N
 
     Args:
         layer: As found in the original model; the tensors of its experts module have M entries now.
-        layout: `num_experts`, `has_dropped` and `collapse_duplicates` of the layer.
+        layout: `num_experts`, `has_dropped` and `collapse_duplicates` of the layer, and `num_constants` where
+            dropped slots add constants, see `attach_constants`.
         index: The map, (N,) int64; None leaves a placeholder for a checkpoint to fill.
     """
     experts, num_experts, num_identity = layer.experts, layout["num_experts"], layer.num_identity_slots
@@ -97,6 +100,7 @@ def attach_expert_map(layer: MoeLayer, layout: dict[str, Any], index: Tensor | N
     hooked = next((module for module in experts.modules() if hasattr(module, "_hf_hook")), None)
     device = execution_device(hooked or experts) if device is None or hooked is not None else device
     experts.expert_map = expert_map.to(device)
+    attach_constants(experts, layout, layer.hidden_size)
     rename_counts(experts, layer.num_slots, num_experts)
     rename_counts(experts, num_slots, num_experts + num_identity, NUM_ROWS_NAMES)
     if (layout["has_dropped"] or layout["collapse_duplicates"]) and hasattr(experts, "_is_expert_parallel"):

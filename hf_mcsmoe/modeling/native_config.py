@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families import find_layers, tied_layers
 from ..families.names import NUM_EXPERTS_NAMES, read_attribute
-from ..recipe import Recipe
 from ..types import MoeLayer
 from .experts import rename_counts
 
@@ -23,13 +22,13 @@ def config_parts(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str
             yield from config_parts(value, f"{path}.{name}" if path else name)
 
 
-def check_native(layers: Sequence[MoeLayer], budgets: Sequence[int], recipe: Recipe) -> None:
+def check_native(layers: Sequence[MoeLayer], budgets: Sequence[int], *, drops_experts: bool) -> None:
     """Refuse what the native layout cannot be: it needs one M, a router that can be cut, and k choices in its groups.
 
     Args:
         layers: The layers to compress.
         budgets: M of each.
-        recipe: What is asked.
+        drops_experts: Some experts are dropped, not merged into others.
 
     Raises:
         ValueError: With the number to use, or layout='mapped'.
@@ -61,10 +60,10 @@ def check_native(layers: Sequence[MoeLayer], budgets: Sequence[int], recipe: Rec
                 f"layout 'native' cannot cut the router of {layer.name!r}: none of its matrices has {slots} rows. "
                 "Use layout='mapped'."
             )
-        for _, name in layer.family.expert_tables(layer) if recipe.grouping == "drop" else ():
+        for _, name in layer.family.expert_tables(layer) if drops_experts else ():
             raise ValueError(
-                f"grouping 'drop' leaves no expert for some tokens that {layer.router_name!r} looks up in {name}, and "
-                "layout 'native' cannot skip them. Use layout='mapped', or merge."
+                f"Dropped experts leave none for some tokens that {layer.router_name!r} looks up in {name}, "
+                "and layout 'native' cannot skip them. Use layout='mapped', or merge."
             )
 
 

@@ -1,11 +1,11 @@
 """The model card: every number in it comes from the report, and what was not measured says so."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from transformers.models.auto import modeling_auto
 
 from ..evaluation import Evaluation
@@ -13,6 +13,7 @@ from ..local_paths import hub_id
 from ..recipe import Recipe
 from ..recipe_reading import recipe_from_dict
 from . import card_text
+from .card_plots import card_plots, plots_of_folder
 from .report import read_report, recipe_yaml
 
 CARD_FILE = "README.md"
@@ -40,6 +41,7 @@ def model_card(
     base_model_relation: str = "quantized",
     base_license: str | Mapping[str, str] | None = None,
     has_tokenizer: bool = True,
+    plots: Collection[str] = (),
 ) -> ModelCard:
     """The card of a compressed model, ready to be saved as README.md.
 
@@ -51,6 +53,7 @@ def model_card(
         base_model_relation: Of the four that the Hub knows, "quantized" is the closest for one parent.
         base_license: As in the metadata of the base model's card; a mapping may have `LICENCE_KEYS`. None: unknown.
         has_tokenizer: The tokenizer is saved beside the model; else the base model's is loaded.
+        plots: Names of the plots beside the card, see `card_plots`.
 
     Raises:
         ValueError: The recipe in the report is not valid.
@@ -63,7 +66,8 @@ def model_card(
     licence = {"license": base_license} if isinstance(base_license, str) else dict(base_license or {})
     auto_class, pipeline_tag = _task(report["base_architecture"])
     parent = {"base_model": base_id, "base_model_relation": base_model_relation} if base_id else {}
-    metadata = _metadata(recipe, pipeline_tag=pipeline_tag, **parent, **licence)
+    is_native = recipe.layout == "native" or bool(report.get("export"))
+    metadata = _metadata(recipe, is_native, pipeline_tag=pipeline_tag, **parent, **licence)
     model_id = repo_name or "path/to/this/model"
     name = repo_name or f"{base_id or Path(report['base_model'] or 'model').name} compressed"
     return ModelCard.from_template(
@@ -72,11 +76,13 @@ def model_card(
         title=name.split("/")[-1],
         licence=card_text.licence(licence, base),
         recipe=recipe_yaml(report).strip(),
-        is_native=recipe.layout == "native",
+        is_native=is_native,
         architecture=report["base_architecture"],
         auto_class=auto_class,
         model_id=model_id,
+        base_id=base_id or "path/to/the/base/model",
         tokenizer_id=model_id if has_tokenizer or base_id is None else base_id,
+        plots=card_plots(plots),
         **card_text.sections(report, recipe, scores, base),
     )
 
@@ -86,7 +92,7 @@ def write_card(folder: str | Path, **options: Any) -> Path:
 
     Args:
         folder: Holds `compression_report.json`; a tokenizer in it is noticed.
-        options: Of `model_card`. Without `base_license` the card of a base model in a local folder is asked.
+        options: Of `model_card`. Without `base_license` the base model's card is asked, see `local_licence`.
 
     Returns:
         The path of the card.
@@ -100,6 +106,7 @@ def write_card(folder: str | Path, **options: Any) -> Path:
     found = {
         "base_license": local_licence(report["base_model"]),
         "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
+        "plots": plots_of_folder(folder),
     }
     card = model_card(report, **{**found, **options})
     card.save(folder / CARD_FILE)
@@ -107,8 +114,18 @@ def write_card(folder: str | Path, **options: Any) -> Path:
 
 
 def local_licence(base_model: str | None) -> dict[str, str] | None:
-    """What the card in a local folder declares as licence; None if it is no folder or declares nothing."""
+    """What the card of a base model declares as licence, as far as this machine knows it.
+
+    Args:
+        base_model: A folder, or a Hub id whose card is in the cache; no network is used.
+
+    Returns:
+        None if there is no card here, or it declares nothing.
+    """
     path = Path(base_model or "") / CARD_FILE
+    if hub_id(base_model):
+        cached = try_to_load_from_cache(base_model, CARD_FILE)
+        path = Path(cached) if isinstance(cached, str) else path
     if not base_model or not path.is_file():
         return None
     try:
@@ -127,10 +144,10 @@ def _task(architecture: str) -> tuple[str, str | None]:
     return "AutoModel", None
 
 
-def _metadata(recipe: Recipe, **others: Any) -> ModelCardData:
+def _metadata(recipe: Recipe, is_native: bool, **others: Any) -> ModelCardData:
     kind = "expert-pruning" if recipe.merging is None else "expert-merging"
     return ModelCardData(
-        library_name="transformers" if recipe.layout == "native" else "hf_mcsmoe",
+        library_name="transformers" if is_native else "hf_mcsmoe",
         tags=["moe", "mixture-of-experts", "model-compression", kind, *([recipe.preset] if recipe.preset else [])],
         **others,
     )

@@ -1,7 +1,6 @@
 """The tables and sentences of the model card, from the plain values of the report."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from ..decomposition import DECOMPOSITION
 from ..low_rank import DEFAULT_RANK
 from ..recipe import OPTIONAL_STEPS, PRESETS, STEPS, Recipe
 from ..recipe_reading import recipe_from_preset
+from .card_scores import NOT_EVALUATED as NOT_EVALUATED
+from .card_scores import plain, score_limits, score_sections
 
-NOT_EVALUATED, NOT_MEASURED = "not evaluated", "not measured"
+NOT_MEASURED = "not measured"
 CALIBRATION_LABELS = {
     "sha256": "SHA-256 of tokens and masks",
     "tokens": "tokens for the statistics",
@@ -33,15 +34,13 @@ def sections(report: Mapping[str, Any], recipe: Recipe, scores: Mapping[str, Any
     """
     return {
         "summary": _summary(report, base),
-        "parameters": _before_after(report, "total_parameters", count),
-        "bytes": _before_after(report, "total_bytes", size),
+        "sizes": _sizes(report),
         "layers": [_layer_row(run) for run in _runs(report["layers"])],
-        "evaluation": _evaluation_rows(scores) if scores else None,
-        "evaluated_on": _evaluated_on(scores) if scores else None,
-        "method": [*_method(recipe), *_choice(report.get("tried"))],
+        **score_sections(scores),
+        "method": [*_method(recipe), *_choice(report.get("tried")), *_export(report.get("export"))],
         "calibration": _calibration(report["calibration"]),
         "recovery": _recovery(report.get("recovery")),
-        "limitations": [*_layer_limits(report), *_evaluation_limits(scores), *map(plain, report["warnings"])],
+        "limitations": [*_layer_limits(report), *score_limits(scores), *map(plain, report["warnings"])],
         "made_with": _made_with(report),
         "citation": _citation(recipe),
     }
@@ -58,11 +57,6 @@ def size(number: int) -> str:
         if number >= factor:
             return f"{number:,} ({number / factor:.2f} {unit})"
     return f"{number:,}"
-
-
-def plain(text: str) -> str:
-    """Text from outside on one line, safe in a cell of a table and as HTML."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def link(hub_id: str | None, path: str | None) -> str:
@@ -84,20 +78,39 @@ def licence(metadata: Mapping[str, str], base: str) -> str:
 
 def _summary(report: Mapping[str, Any], base: str) -> str:
     layers = report["layers"]
-    before, after = (sum(layer[f"num_experts_{time}"] for layer in layers) for time in ("before", "after"))
-    return (
-        f"This is {base} with {count(after)} experts instead of {count(before)} in "
-        f"{_times(len(layers), 'MoE layer')}. Made with `hf_mcsmoe`."
+    before, after, old, new = (
+        sum(layer[f"{what}_{time}"] for layer in layers)
+        for what in ("num_experts", "parameters")
+        for time in ("before", "after")
     )
+    where = f"in {_times(len(layers), 'MoE layer')}"
+    if before == after:
+        what = f"{new / old:.1%} of the parameters of its {count(before)} experts {where}"
+    else:
+        what = f"{count(after)} experts instead of {count(before)} {where}, {new / old:.1%} of the expert parameters"
+    return f"This is {base} with {what}. Made with `hf_mcsmoe`."
 
 
 def _times(number: int, noun: str) -> str:
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
-def _before_after(report: Mapping[str, Any], name: str, written: Callable[[int], str]) -> dict[str, str]:
-    before, after = report[f"{name}_before"], report[f"{name}_after"]
-    return {"before": written(before), "after": written(after), "share": f"{after / before:.1%}"}
+def _sizes(report: Mapping[str, Any]) -> list[list[str]]:
+    """Name, before, after and share of each size; reports of older versions do not know the active parameters."""
+    is_average = any(len(set(layer["widths"])) > 1 for layer in report["layers"])
+    kinds = (
+        ("parameters", "total_parameters", count),
+        (f"active parameters of a token{', on average' if is_average else ''}", "active_parameters", count),
+        ("bytes", "total_bytes", size),
+    )
+    rows = []
+    for label, name, written in kinds:
+        before, after = (report.get(f"{name}_{time}") for time in ("before", "after"))
+        if before is None or after is None:
+            rows.append([label, *[NOT_MEASURED] * 3])
+        else:
+            rows.append([label, written(before), written(after), f"{after / before:.1%}"])
+    return rows
 
 
 def _runs(layers: list[dict]) -> list[list[dict]]:
@@ -122,32 +135,6 @@ def _layer_row(run: list[dict]) -> list[str]:
         error = " to ".join(dict.fromkeys(f"{limit:.4g}" for limit in (min(errors), max(errors))))
         error += f" ({len(errors)} of {len(run)} measured)" if len(errors) < len(run) else ""
     return [f"`{name}`", str(len(run)), *numbers, error]
-
-
-def _perplexity(loss: float | None) -> str:
-    return NOT_EVALUATED if loss is None else f"{math.exp(min(loss, 700.0)):.4g}"
-
-
-def _evaluation_rows(scores: Mapping[str, Any]) -> list[list[str]]:
-    rows = []
-    for name, score in [*scores["domains"].items(), ("all", scores["overall"])]:
-        error, kl, agreement = score["loss_standard_error"], score["kl"], score["top1_agreement"]
-        rows.append(
-            [
-                plain(name),
-                count(score["tokens"]),
-                _perplexity(score["baseline_loss"]),
-                f"{score['perplexity']:.4g}",
-                f"{score['loss']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
-                NOT_EVALUATED if kl is None else f"{kl:.4f}",
-                NOT_EVALUATED if agreement is None else f"{agreement:.1%}",
-            ]
-        )
-    return rows
-
-
-def _evaluated_on(scores: Mapping[str, Any]) -> list[str]:
-    return [f"{plain(name)}: `{plain(source)}`" for name, source in scores.get("sources", {}).items()]
 
 
 def _method(recipe: Recipe) -> list[str]:
@@ -243,20 +230,6 @@ def _layer_limits(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _evaluation_limits(scores: Mapping[str, Any] | None) -> list[str]:
-    if not scores:
-        return ["How well the model predicts or writes text was not evaluated. Evaluate it on your task before use."]
-    if scores["overall"]["baseline_loss"] is None:
-        return [f"The loss of quality against the base model was {NOT_EVALUATED}."]
-    changes = {name: score["loss"] - score["baseline_loss"] for name, score in scores["domains"].items()}
-    ordered = sorted(changes, key=lambda name: -changes[name])
-    listed = ", ".join(f"{plain(name)} ({changes[name]:+.4f})" for name in ordered)
-    return [
-        f"Change of the loss in nats per token against the base model, worst domain first: {listed}. Other domains, "
-        f"long contexts and benchmarks: {NOT_EVALUATED}."
-    ]
-
-
 def _made_with(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     duration = "" if report["seconds"] is None else f"in {report['seconds']:,.1f} s "
@@ -269,6 +242,11 @@ def _choice(trials: Sequence[Mapping[str, Any]] | None) -> list[str]:
     if number == 0:
         return []
     return [f"Chosen by `auto` from {_times(number, 'recipe')}, by their KL on calibration tokens that were held out."]
+
+
+def _export(export: Mapping[str, Any] | None) -> list[str]:
+    """What an export changed; nothing for a result as it was made."""
+    return [f"Exported to layout `{export['layout']}` afterwards: {' '.join(export['changes'])}"] if export else []
 
 
 def _citation(recipe: Recipe) -> str:

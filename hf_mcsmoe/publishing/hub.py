@@ -9,17 +9,21 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from ..evaluation import Evaluation
 from ..local_paths import hub_id
+from ..modeling.client_keys import add_client_keys
 from ..modeling.offload import offloaded_state_dict
 from .card import write_card
 from .checkpoint_files import checkpoint_files
 from .hub_errors import access_token, explained
+from .page import write_pages
 from .published import WEIGHTS, add_tags, published
 from .report import REPORT_FILE, read_report, write_report
+from .statistics_file import STATISTICS_FILE, read_statistics, write_statistics
 
 MAIN = "main"
 logger = logging.getLogger(__name__)
@@ -36,7 +40,7 @@ def push_checkpoint(
     commit_description: str | None = None,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Upload the folder of a compressed model to the Hub: weights, configuration, tokenizer, reports, recipe, card.
+    """Upload the folder of a compressed model to the Hub: weights, tokenizer, reports, plots, recipe, card and all.
 
     It is one commit, so that no reader meets half of a model, made after all content has arrived. That is why it is
     huggingface_hub's `create_commit` and not its `upload_folder`, which splits large folders. Content is stored by
@@ -149,9 +153,12 @@ def push_to_hub(
     tags = [*([tags] if isinstance(tags, str) else tags or []), *(model.model_tags or [])]
     with tempfile.TemporaryDirectory() as temporary:
         model.save_pretrained(temporary, state_dict=offloaded_state_dict(model), max_shard_size=max_shard_size)
+        add_client_keys(Path(temporary), model.config, values["base_model"])
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_report(values, temporary, evaluation)
+        write_statistics(statistics_of(model), temporary)
+        write_pages(temporary)
         card = write_card(temporary, repo_name=created.repo_id)
         if tags:
             add_tags(ModelCard.load(card), tags).save(card)
@@ -163,13 +170,28 @@ def report_of(model: PreTrainedModel) -> dict[str, Any] | None:
     own = getattr(model, "compression_report", None)
     if own is not None:
         return own.to_dict()
+    found = _beside(model, REPORT_FILE)
+    return read_report(found) if found is not None else None
+
+
+def statistics_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The arrays of a compressed model's report: its own, or those beside the checkpoint it was loaded from."""
+    own = getattr(model, "compression_report", None)
+    if own is not None:
+        return own.statistics
+    found = _beside(model, STATISTICS_FILE)
+    return read_statistics(found.parents[1]) if found is not None else {}
+
+
+def _beside(model: PreTrainedModel, name: str) -> Path | None:
+    """A file of the checkpoint that a model was loaded from; None if there is none, or no connection."""
     source = model.config.name_or_path
-    found = Path(source or "") / REPORT_FILE
+    found = Path(source or "") / name
     if hub_id(source):
         flags = ("missing_entries", "gated_repo", "connection_errors")
         # None where the model was loaded without a report, or offline.
-        found = cached_file(source, REPORT_FILE, **{f"_raise_exceptions_for_{flag}": False for flag in flags})
-    return read_report(found) if found and Path(found).is_file() else None
+        found = cached_file(source, name, **{f"_raise_exceptions_for_{flag}": False for flag in flags})
+    return Path(found) if found and Path(found).is_file() else None
 
 
 def check_destination(

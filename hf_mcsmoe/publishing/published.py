@@ -97,7 +97,7 @@ def _without_secrets(values: Any) -> Any:
 def _card_for(files: Mapping[str, Path], repo_id: str, token: str | bool | None) -> Path | bytes:
     report = read_report(files[REPORT_FILE])
     base = report["base_model"]
-    options: dict[str, Any] = {"has_tokenizer": "tokenizer_config.json" in files}
+    options: dict[str, Any] = {"has_tokenizer": "tokenizer_config.json" in files, "plots": files}
     path, tags = files.get(CARD_FILE), []
     if path is not None:
         written = ModelCard.load(path)

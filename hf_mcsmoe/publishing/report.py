@@ -1,6 +1,5 @@
 """compression_report.json and recipe.yaml: what was done to a model, and how to do it again."""
 
-import dataclasses
 import json
 import math
 import re
@@ -11,9 +10,9 @@ from typing import Any
 import yaml
 
 from ..evaluation import Evaluation
-from ..recipe import PRESETS, Recipe
-from ..recipe_reading import recipe_from_dict
+from ..recipe_reading import recipe_from_dict, resolved
 from ..types import CompressionReport
+from .statistics_file import write_statistics
 
 REPORT_FILE = "compression_report.json"
 RECIPE_FILE = "recipe.yaml"
@@ -28,6 +27,8 @@ def write_report(
     evaluation: Evaluation | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `compression_report.json` and `recipe.yaml` into a folder that exists.
+
+    The statistics that a `CompressionReport` carries go into their own file, see `write_statistics`.
 
     Args:
         report: What `compress_moe` measured, or what `read_report` gave back.
@@ -56,6 +57,8 @@ def write_report(
     text = SPREAD_NUMBERS.sub(lambda match: f"[{' '.join(match.group(1).split())}]", text)
     (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+    if isinstance(report, CompressionReport):
+        write_statistics(report.statistics, folder)
     return values
 
 
@@ -101,16 +104,7 @@ def recipe_yaml(report: CompressionReport | Mapping[str, Any]) -> str:
         ValueError: The recipe in the report is not valid.
     """
     values = report.recipe if isinstance(report, CompressionReport) else report["recipe"]
-    recipe = recipe_from_dict(values)
-    preset = PRESETS[recipe.preset].recipe if recipe.preset in PRESETS else {}
-    written = {}
-    for field in dataclasses.fields(Recipe):
-        value = getattr(recipe, field.name)
-        value = list(value) if isinstance(value, tuple) else value
-        is_empty = value in ({}, []) or (value is None and field.default is None)
-        if not is_empty or field.name in preset:
-            written[field.name] = value
-    return yaml.safe_dump({"preset": None, **written} if recipe.preset else written, sort_keys=False)
+    return yaml.safe_dump(resolved(recipe_from_dict(values)), sort_keys=False)
 
 
 def _finite(value: Any, path: str, lost: list[str]) -> Any:

@@ -1,25 +1,31 @@
 """The generated card in place of the one that Trainer writes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from ..local_paths import without_paths
 from .card import local_licence, write_card
-from .hub import report_of
+from .hub import report_of, statistics_of
+from .page import write_pages
 from .published import add_tags
 from .report import write_report
+from .statistics_file import write_statistics
 
+TrainerClass = TypeVar("TrainerClass")
 TRAINING_ARGS = "training_args.bin"  # what Trainer calls its pickled arguments; importing it from there takes seconds
 
 
 class CompressedModelCard:
     """For a subclass of Trainer, before it: `class MyTrainer(CompressedModelCard, Trainer)`; pushes keep the card.
 
-    Trainer writes its own draft over README.md whenever it pushes. With this class a compressed model gets its report,
-    its recipe and the generated card there. An adapter of PEFT, or a model without a report, gets Trainer's.
+    Trainer writes its own draft over README.md whenever it pushes, from nothing but itself: neither the model nor a
+    callback is asked (transformers 5.23: `push_to_hub` calls the callbacks' `on_push_begin`, saves the model, then
+    writes the draft and uploads). So the model cannot keep its card alone, and the trainer must be told: with this
+    class, or by `keep_model_card(trainer)` for one that exists. Then a compressed model gets its report, its recipe
+    and the generated card there. An adapter of PEFT, or a model without a report, gets Trainer's.
 
     Uploads while the training runs (`hub_strategy` other than "end") stay as Trainer makes them: without a card, and
     with its pickled arguments. Log in or set HF_TOKEN then, because a `hub_token` among the arguments is in there.
@@ -50,10 +56,28 @@ class CompressedModelCard:
             values["warnings"] = [*values["warnings"], trained_after(self.state.global_step)]
         licence = options.get("license") or local_licence(values["base_model"])
         write_report(without_paths(values), folder)
+        write_statistics(statistics_of(model), folder)
+        write_pages(folder)
         card = write_card(folder, repo_name=self.hub_model_id or folder.resolve().name, base_license=licence)
         tags = options.get("tags") or []
         if tags:
             add_tags(ModelCard.load(card), [tags] if isinstance(tags, str) else tags).save(card)
+
+
+def keep_model_card(trainer: TrainerClass) -> TrainerClass:
+    """Let any trainer that exists keep the generated card of a compressed model, as `CompressedModelCard` does.
+
+    Args:
+        trainer: A `Trainer` or of a subclass, TRL's included. It becomes an instance of a subclass of its own class
+            with `CompressedModelCard` before it, and stays the same object otherwise.
+
+    Returns:
+        The trainer.
+    """
+    own = type(trainer)
+    if not issubclass(own, CompressedModelCard):
+        trainer.__class__ = type(own.__name__, (CompressedModelCard, own), {"__module__": own.__module__})
+    return trainer
 
 
 def trained_after(steps: int) -> str:

@@ -31,6 +31,11 @@ def router_logit_similarity(
     gram = statistics["logit_gram"]
     if center:
         gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
+    return cosines_of_gram(gram)
+
+
+def cosines_of_gram(gram: Tensor) -> Tensor:
+    """Cosines of vectors from their inner products, (N, N) in [-1, 1]; a zero vector is like itself alone."""
     norm = gram.diagonal().clamp_min(0).sqrt()
     outer = torch.outer(norm, norm)
     similarity = torch.where(outer > 0, gram / torch.where(outer > 0, outer, 1.0), 0.0).clamp(-1, 1)

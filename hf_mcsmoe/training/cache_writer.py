@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
-from .cached_teacher import KEY_BYTES, CacheDescription, example_keys
+from .cached_teacher import KEY_BYTES, TARGET_LOG_PROB, CacheDescription, example_keys
 from .live_teacher import LiveTeacher, model_inputs, vocabulary
 from .targets import Collator, DistillationCollator, Task, targets_of, task_of
 from .token_losses import CHUNK_ELEMENTS, IGNORED, TopKDistribution
@@ -40,7 +40,8 @@ def cache_teacher(
     A row of the file is `log softmax(z / T)` at the k likeliest tokens, and in one more column the logarithm of the
     sum of all other probabilities, `log(sum over the other v of softmax(z / T)_v)`: k + 1 outcomes that are a
     distribution. The temperature must be that of the training, because the rest at another one does not follow from
-    it. Bytes: 8 k + 4 a target.
+    it. For evaluations there is `log softmax(z)` of the target itself as well, at temperature 1. Bytes: 8 k + 8 a
+    target.
 
     Examples are known by the content of their token ids and labels: the training may shuffle and batch them in any
     way, equal ones are stored once, and an example that is not in the file is refused. The dataset is read twice,
@@ -188,6 +189,7 @@ def _store(
         start, end = tensors["offsets"][place : place + 2]
         tensors["index"][start:end] = found.index.cpu().numpy()
         tensors["log_prob"][start:end] = log_prob
+        tensors[TARGET_LOG_PROB][start:end] = _log_prob_of(chosen, targets[row][is_target]).cpu().numpy()
         tensors["keys"][place] = np.frombuffer(key, dtype="<i8")
 
 
@@ -206,6 +208,14 @@ def top_k_distribution(logits: Tensor, top_k: int, temperature: float) -> TopKDi
     return TopKDistribution(torch.cat(indices), torch.cat(log_probs))
 
 
+def _log_prob_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log softmax of each row of logits (n, V) at its target (n,), (n,) float32; computed in chunks."""
+    size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    parts = zip(logits.split(size), targets.to(logits.device).split(size), strict=True)
+    found = [-nn.functional.cross_entropy(part.float(), target, reduction="none") for part, target in parts]
+    return torch.cat(found) if found else logits.new_empty(0).float()
+
+
 def _open_partial(path: Path, description: CacheDescription) -> dict[str, np.memmap]:
     """The tensors of the unfinished file, to be written: a new one, or that of an interrupted run for the same.
 
@@ -218,6 +228,7 @@ def _open_partial(path: Path, description: CacheDescription) -> dict[str, np.mem
         "offsets": ("I64", (num_examples + 1,)),
         "index": ("I32", (num_tokens, top_k)),
         "log_prob": ("F32", (num_tokens, top_k + 1)),
+        TARGET_LOG_PROB: ("F32", (num_tokens,)),
     }
     header: dict[str, Any] = {"__metadata__": description.to_metadata()}
     end = 0

@@ -16,9 +16,10 @@ from .targets import TASKS, Task, targets_of
 from .token_losses import IGNORED
 
 FORMAT = "hf_mcsmoe.cached_teacher"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: with the log-probabilities of the targets
 KEY_BYTES = 16
 INDEX, LOG_PROB = "teacher_index", "teacher_log_prob"  # what a batch with the teacher's distribution has more
+TARGET_LOG_PROB = "target_log_prob"  # a tensor of the file
 # What a text batch may hold. Pictures and sound change the logits, but are not in the key of an example.
 TEXT_INPUTS = frozenset(
     {
@@ -69,6 +70,7 @@ class CachedTeacher:
         keys = self._open().get_tensor("keys").numpy()
         self._order = np.lexsort((keys[:, 1], keys[:, 0]))
         self._keys = keys[self._order]
+        self.has_target_log_prob = TARGET_LOG_PROB in self._open().keys()
 
     def __getstate__(self) -> dict[str, Any]:
         # The processes of a data loader open the file for themselves.
@@ -89,30 +91,57 @@ class CachedTeacher:
         Raises:
             ValueError: An example that the file does not have, or inputs besides text.
         """
-        description = self.description
-        targets = targets_of(batch, description.task)
-        shape = (*targets.shape, description.top_k)
-        index = torch.zeros(shape, dtype=torch.int32)
-        log_prob = torch.zeros(*shape[:-1], description.top_k + 1)
+        targets = targets_of(batch, self.description.task)
+        top_k = self.description.top_k
+        index = torch.zeros(*targets.shape, top_k, dtype=torch.int32)
+        log_prob = torch.zeros(*targets.shape, top_k + 1)
+        self._fill(batch, targets, {"index": index, "log_prob": log_prob})
+        return {**batch, INDEX: index, LOG_PROB: log_prob}
+
+    def target_log_prob(self, batch: dict[str, Any]) -> Tensor:
+        """Log softmax(z) of each target, at temperature 1 whatever that of the file is.
+
+        Returns:
+            (B, S) float32 in the order of `targets_of` ((B,) for classification); 0 where there is no target.
+
+        Raises:
+            ValueError: As for `add_to`. Only a file with `has_target_log_prob` has them.
+        """
+        targets = targets_of(batch, self.description.task)
+        found = torch.zeros(targets.shape)
+        self._fill(batch, targets, {TARGET_LOG_PROB: found})
+        return found
+
+    def holds(self, key: bytes) -> bool:
+        """Whether the file has the example with a key of `example_keys`."""
+        return self._find(key) is not None
+
+    def _fill(self, batch: dict[str, Any], targets: Tensor, tensors: dict[str, Tensor]) -> None:
+        """Write what the file has for each target of a batch into tensors, by their names in the file."""
         file = self._open()
-        for row, key in enumerate(example_keys(batch, description.task)):
+        for row, key in enumerate(example_keys(batch, self.description.task)):
             place = self._place_of(key)
             start, end = file.get_slice("offsets")[place : place + 2].tolist()
             is_target = targets[row] != IGNORED
-            index[row][is_target] = _rows(file, "index", start, end, targets.dim())
-            log_prob[row][is_target] = _rows(file, "log_prob", start, end, targets.dim())
-        return {**batch, INDEX: index, LOG_PROB: log_prob}
+            for name, tensor in tensors.items():
+                tensor[row][is_target] = _rows(file, name, start, end, targets.dim())
 
     def _place_of(self, key: bytes) -> int:
-        high, low = np.frombuffer(key, dtype="<i8")
-        first, last = (np.searchsorted(self._keys[:, 0], high, side) for side in ("left", "right"))
-        place = first + np.searchsorted(self._keys[first:last, 1], low)
-        if place >= last or self._keys[place, 1] != low:
+        place = self._find(key)
+        if place is None:
             raise ValueError(
                 f"An example is not among the {self.description.num_examples} in {str(self.path)!r}: other data, "
                 "another tokenizer, row length or collator. Make the file again with exactly the examples, evaluation "
                 "data included, that you train with."
             )
+        return place
+
+    def _find(self, key: bytes) -> int | None:
+        high, low = np.frombuffer(key, dtype="<i8")
+        first, last = (np.searchsorted(self._keys[:, 0], high, side) for side in ("left", "right"))
+        place = first + np.searchsorted(self._keys[first:last, 1], low)
+        if place >= last or self._keys[place, 1] != low:
+            return None
         return int(self._order[place])
 
 

@@ -18,7 +18,15 @@ from ..checkpoint import check_output_folder
 from ..loading import empty_model, load_model, load_tokenizer, read_config
 from ..local_paths import hub_id
 from ..outcome import package_version
-from ..publishing import REPORT_FILE, read_report, write_card, write_report
+from ..publishing import (
+    REPORT_FILE,
+    read_report,
+    read_statistics,
+    write_card,
+    write_pages,
+    write_report,
+    write_statistics,
+)
 from .arguments import DistillationArguments
 from .cached_teacher import read_description
 from .live_teacher import is_cache_file
@@ -236,6 +244,8 @@ def _save(
         scores, earlier = compression.pop("evaluation", None), compression.pop("recovery", None)
         compression["recovery"] = {**report, "evaluation_before": scores, "earlier": earlier}
         write_report(compression, complete)
+        write_statistics(read_statistics(folder), complete)
+        write_pages(complete)
         write_card(complete, repo_name=output.name)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists():

@@ -15,6 +15,7 @@ from ..modeling.experts import is_same_layer
 from ..modeling.forms import form_layers
 from ..modeling.forms.low_rank_sparse import LowRankSparseExperts
 from ..outcome import count
+from ..report_types import factor_sizes
 from ..sizes import form_sizes
 from .row_pruner import count_rows, decomposed_layers, sparse_parts
 from .schedule import SparsitySchedule, warmup_steps
@@ -117,11 +118,15 @@ def report_sizes(report: Mapping[str, Any], model: PreTrainedModel) -> dict[str,
         report: Of the model before its experts were decomposed, or lost rows.
         model: In the dtypes that it is saved in.
     """
-    sizes = {name: form_sizes(experts) for name, experts in form_layers(model).items()}
+    forms = form_layers(model)
     layers = []
     for layer in report["layers"]:
-        now = next((size for name, size in sizes.items() if is_same_layer(name, layer["layer"])), None)
-        changed = {} if now is None else {"parameters_after": now.expert_parameters, "bytes_after": now.expert_bytes}
+        changed: dict[str, Any] = {}
+        experts = next((form for name, form in forms.items() if is_same_layer(name, layer["layer"])), None)
+        if experts is not None:
+            now = form_sizes(experts)
+            changed = {"parameters_after": now.expert_parameters, "bytes_after": now.expert_bytes}
+            changed |= factor_sizes(experts.layout())
         layers.append({**layer, **changed})
     parameters, size = count(model)
     return {**report, "layers": layers, "total_parameters_after": parameters, "total_bytes_after": size}
