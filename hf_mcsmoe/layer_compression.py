@@ -26,7 +26,7 @@ from .modeling.experts import install_mapped, install_native, replace_experts
 from .modeling.install_forms import install_ragged
 from .recipe import Recipe
 from .report_types import factor_sizes
-from .router_treatment import cut_router
+from .router_treatment import RouterErrors, cut_router
 from .routing import ROUTING
 from .sizes import Sizes, constant_sizes, expert_size, expert_sizes, neuron_size, shared_sizes
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
@@ -97,15 +97,22 @@ def compress_layer(
         dominant_of_group=merged.groups.dominant_of_group.tolist(),
         usage_frequency=collected.statistics.usage_frequency.tolist(),
         widths=widths,
-        refit_error_before=fitted.error_before_refit if fitted is not None else None,
-        refit_error_after=fitted.error_after_refit if fitted is not None else None,
-        router_error_before=rows.dominant_rows if rows is not None else None,
-        router_error_after=rows.rule if rows is not None else None,
+        **guarded_errors(fitted, rows),
         protected_experts=protected.nonzero().flatten().tolist() if protected is not None else [],
         width_before=layer.intermediate_size,
         **factor_sizes(layout),
     )
     return report, layout, record_statistics(layer.name, collected.statistics, merged.similarity)
+
+
+def guarded_errors(fitted: FittedExperts | None, rows: RouterErrors | None) -> dict[str, float | None]:
+    """What held-out tokens said of the refit and of the router's rule, for the report; None: there was none."""
+    return {
+        "refit_error_before": fitted.error_before_refit if fitted is not None else None,
+        "refit_error_after": fitted.error_after_refit if fitted is not None else None,
+        "router_error_before": rows.dominant_rows if rows is not None else None,
+        "router_error_after": rows.rule if rows is not None else None,
+    }
 
 
 def layout_of_layer(layer: MoeLayer, groups: ExpertGroups, collapse_duplicates: bool) -> dict[str, Any]:

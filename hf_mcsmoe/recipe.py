@@ -209,6 +209,14 @@ class Recipe(LayerBudget):
             raise ValueError(
                 f"grouping {self.grouping!r} needs a similarity, got None. Use similarity='router_logits'."
             )
+        if self.collapse_duplicates not in (True, False, "auto"):
+            raise ValueError(
+                f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
+            )
+        self._check_results()
+
+    def _check_results(self) -> None:
+        """Refuse what the stored experts and routers cannot be."""
         if self.router is not None and self.layout == "mapped":
             raise ValueError(
                 f"router is {self.router!r}, but in layout 'mapped' the router keeps all its rows. "
@@ -216,10 +224,6 @@ class Recipe(LayerBudget):
             )
         if self.shared_base is not None:
             check_shared_recipe(self)
-        if self.collapse_duplicates not in (True, False, "auto"):
-            raise ValueError(
-                f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
-            )
         if self.constants is not None and (
             self.layout != "mapped" or not GROUPING.trait(self.grouping, "drops", False)
         ):

@@ -26,7 +26,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"mutation is {mutation!r}, it must be in [0, 1]: the share of children that are changed.")
 
 
-@GROUPING.register("genetic_subset", needs=("chosen_gram",), check=check_options)
+@GROUPING.register("genetic_subset", needs=("chosen_gram",), drops=True, check=check_options)
 def keep_the_best_subset(
     saliency: Tensor,
     similarity: Tensor | None,
