@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .expert_activations import activations, sums_over_tokens
-from .option_checks import check_real
+from .expert_activations import CHECK_TOKENS, activations, sums_over_tokens
+from .option_checks import check_all, check_real
 from .types import ExpertWeights
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PRECISION = 2.0**-23
 
 RIDGE = 1e-2
-CHECK_RIDGE = check_real("ridge", 0, 1_000_000, "0 is the pseudo-inverse.")
+CHECK_FIT = check_all(check_real("ridge", 0, 1_000_000, "0 is the pseudo-inverse."), CHECK_TOKENS)
 
 
 def shares_of(importance: Tensor, device: torch.device) -> Tensor:
@@ -40,6 +40,7 @@ def fit_down(
     importance: Tensor,
     tokens: "LayerTokens",
     ridge: float,
+    max_tokens: int,
     features: Callable[[Tensor, list[Tensor]], Tensor],
 ) -> ExpertWeights:
     """The expert `mean` with the `down` that comes closest to the members' weighted mean output.
@@ -49,7 +50,7 @@ def fit_down(
     feature. With `ridge` 0: the solution of least norm, by the pseudo-inverse.
 
     Memory: 8 I^2 + 8 I D bytes for the sums, (m + 1) t I numbers for t tokens at a time. Time: the activations of all
-    members on all kept tokens, T I^2 + T I D, O(I^3).
+    members on the T tokens that count, T I^2 + T I D, O(I^3).
 
     Args:
         mean: What `weighted_mean` gives; its biases stay, they are the exact mean.
@@ -57,6 +58,7 @@ def fit_down(
         importance: (m,).
         tokens: The kept tokens; without any, `mean` is the result. Neither the gates nor who was routed counts.
         ridge: >= 0.
+        max_tokens: How many of the tokens count, at even distances.
         features: (hidden states (t, D), activations of each member (t, I)) -> (t, I).
     """
     shares = shares_of(importance, members.up.device).tolist()
@@ -68,7 +70,7 @@ def fit_down(
         found = features(hidden_states, of_members)
         return found.T @ found, found.T @ wanted
 
-    num_tokens, sums = sums_over_tokens(tokens, members.up.device, products)
+    num_tokens, sums = sums_over_tokens(tokens, members.up.device, max_tokens, products)
     if num_tokens == 0:
         return mean
     gram, cross = sums

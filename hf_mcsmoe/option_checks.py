@@ -7,6 +7,16 @@ from typing import Any
 Check = Callable[[Mapping[str, Any]], None]
 
 
+def check_all(*checks: Check) -> Check:
+    """One check after the other."""
+
+    def check(options: Mapping[str, Any]) -> None:
+        for one in checks:
+            one(options)
+
+    return check
+
+
 def check_whole(name: str, least: int, remedy: str, *, or_none: bool = False) -> Check:
     """A check that the option `name` is a whole number >= `least`; `remedy` ends the message."""
 

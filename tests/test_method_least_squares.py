@@ -19,6 +19,7 @@ from torch.nn.functional import silu
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.down_fit import solve, weighted_mean
+from hf_mcsmoe.expert_activations import hidden_states_of
 from hf_mcsmoe.gated_features import RoutedTokens
 from hf_mcsmoe.layer_tokens import LayerTokens
 from hf_mcsmoe.merging.least_squares_down import merge_by_least_squares_down
@@ -222,6 +223,19 @@ def test_the_sums_take_the_memory_that_they_say_whatever_the_number_of_tokens(op
     assert sizes == [((5, 5), (5, 6), torch.float64)] * 2
 
 
+@pytest.mark.parametrize("most, taken", [(4, [0, 2, 5, 7]), (9, range(10)[:9]), (10, range(10)), (99, range(10))])
+def test_a_bounded_number_of_tokens_is_taken_at_even_distances(most, taken):
+    x = torch.arange(10.0)[:, None].expand(10, 6)
+    batches = [RoutedTokens(part, torch.zeros(len(part), 1), part) for part in x.split([3, 1, 6])]
+    kept = LayerTokens(None, torch.eye(1), batches, [])
+    found = torch.cat(list(hidden_states_of(kept, x.device, most)))[:, 0].tolist()
+    assert found == list(taken)
+    members = random_members()
+    fitted = merge_by_least_squares_down(members, IMPORTANCE, tokens=tokens_of(states(50)), max_tokens=10)
+    few = merge_by_least_squares_down(members, IMPORTANCE, tokens=tokens_of(states(50)[::5]))
+    assert torch.equal(fitted.down, few.down)
+
+
 def test_the_similarity_is_the_cosine_of_flattened_gate_and_up_in_any_number_of_pieces(monkeypatch):
     weights = random_members(5, 7)
     expected = cosines(torch.cat([weights.up.flatten(1), weights.gate.flatten(1)], dim=1).double())
@@ -238,3 +252,5 @@ def test_a_ridge_that_cannot_be_is_refused(value):
     for merging in ("least_squares_down", "pleas"):
         with pytest.raises(ValueError, match=r"ridge is .*, it must be in \[0, 1000000\]\. 0 is the pseudo-inverse"):
             Recipe(merging=merging, merging_options={"ridge": value})
+        with pytest.raises(ValueError, match="max_tokens is 0, it must be a whole number >= 1"):
+            Recipe(merging=merging, merging_options={"max_tokens": 0})

@@ -129,7 +129,6 @@ def test_the_preset_is_the_method_on_one_layer_after_the_other(narrow, tokens):
 def test_the_recipe_is_sequential_and_native():
     recipe = recipe_from_preset("ream")
     assert recipe.sequential and recipe.layout == "native" and recipe.needs_inputs
-    assert recipe.fit_tokens == 32_768
     assert recipe.statistics_needed() == {
         "selection_count",
         "gated_output_norm_sum",
@@ -303,7 +302,7 @@ def test_weights_decide_where_activations_say_nothing():
 
 def test_the_sums_take_the_memory_that_they_say():
     weights = random_layer(width=7)
-    found = activation_distances(weights, 2, [0, 3], layer_tokens())
+    found = activation_distances(weights, 2, [0, 3], layer_tokens(), 20)
     assert [(one.shape, one.dtype) for one in found] == [((7, 7), torch.float64)] * 2
     scores = principal_components(weights.neurons(0), weights.neurons(1), 64)
     assert [one.shape for one in scores] == [(7, 14)] * 2  # no more than 2 I vectors span

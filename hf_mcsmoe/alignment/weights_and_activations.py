@@ -6,9 +6,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..expert_activations import activations, sums_over_tokens
+from ..expert_activations import CHECK_TOKENS, activations, sums_over_tokens
 from ..observed import sum_dtype
-from ..option_checks import check_whole
+from ..option_checks import check_all, check_whole
 from ..saliency.output_norms import gated_output_norm
 from ..types import ExpertGroups, ExpertWeights, LayerStatistics
 from . import ALIGNMENT
@@ -16,13 +16,13 @@ from . import ALIGNMENT
 if TYPE_CHECKING:
     from ..layer_tokens import LayerTokens
 
-CHECK_COMPONENTS = check_whole("components", 1, "Leave it out for 64.")
+CHECK_ALIGNMENT = check_all(check_whole("components", 1, "Leave it out for 64."), CHECK_TOKENS)
 
 
 @ALIGNMENT.register(
     "weights_and_activations",
     needs=("selection_count", "gated_output_norm_sum"),
-    check=CHECK_COMPONENTS,
+    check=CHECK_ALIGNMENT,
 )
 def align_by_weights_and_activations(
     weights: ExpertWeights,
@@ -31,6 +31,7 @@ def align_by_weights_and_activations(
     tokens: "LayerTokens",
     statistics: LayerStatistics,
     components: int = 64,
+    max_tokens: int = 32_768,
 ) -> Tensor:
     """Minimise the distance of every member's neurons to its dominant expert's, in activations and in weights.
 
@@ -42,11 +43,11 @@ def align_by_weights_and_activations(
     where A are activations over the kept tokens and P the leading principal components of the neurons' weights (gate,
     up, down and biases side by side) scaled by the expert's saliency, both with rows of length 1. Deviations: the
     code draws other tokens for each expert, so that its activation distances compare different tokens; here all
-    experts see the same ones, all that the recipe kept (`fit_tokens`). Whether its components are of two experts or
+    experts see the same ones, of those that the recipe kept. Whether its components are of two experts or
     of a layer is not known: here of the two.
 
     Memory: 8 m I^2 bytes for a group of m, and 8 min(2 I, 3 D)^2 for the components. Time: the activations of all
-    members on all kept tokens, O(min(2 I, 3 D)^3) and O(I^3) for each member.
+    members on these tokens, O(min(2 I, 3 D)^3) and O(I^3) for each member.
 
     Args:
         weights: All N experts.
@@ -54,6 +55,7 @@ def align_by_weights_and_activations(
         tokens: The kept tokens.
         statistics: For the saliency, as in REAP; an expert that was never used is not scaled.
         components: How many principal components, at most as many as there are.
+        max_tokens: How many of the kept tokens count, at even distances; 32,768 in the paper's code.
 
     Returns:
         `order` (N, I) int64 for `ExpertWeights.permute_neurons`: identity for dominant and dropped experts.
@@ -65,7 +67,7 @@ def align_by_weights_and_activations(
         dominant, *others = groups.members(group).tolist()
         if not others:
             continue
-        of_activations = activation_distances(weights, dominant, others, tokens)
+        of_activations = activation_distances(weights, dominant, others, tokens, max_tokens)
         reference = weights.neurons(dominant) * scale[dominant]
         for expert, cost in zip(others, of_activations, strict=True):
             pair = principal_components(reference, weights.neurons(expert) * scale[expert], components)
@@ -75,7 +77,7 @@ def align_by_weights_and_activations(
 
 
 def activation_distances(
-    weights: ExpertWeights, dominant: int, others: list[int], tokens: "LayerTokens"
+    weights: ExpertWeights, dominant: int, others: list[int], tokens: "LayerTokens", max_tokens: int
 ) -> list[Tensor]:
     """Distances of normalised activations of the dominant expert (rows) and of each other, (I, I) float64."""
 
@@ -85,7 +87,7 @@ def activation_distances(
         squares = [activation.square().sum(dim=0) for activation in (reference, *members)]
         return (*squares, *(reference.T @ member for member in members))
 
-    _, sums = sums_over_tokens(tokens, weights.up.device, products)
+    _, sums = sums_over_tokens(tokens, weights.up.device, max_tokens, products)
     if not sums:
         return [torch.zeros(weights.width, weights.width, device=weights.up.device)] * len(others)
     squares, inner = sums[: len(others) + 1], sums[len(others) + 1 :]

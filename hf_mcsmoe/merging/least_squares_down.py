@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..down_fit import CHECK_RIDGE, RIDGE, fit_down, weighted_mean
-from ..expert_activations import activations
+from ..down_fit import CHECK_FIT, RIDGE, fit_down, weighted_mean
+from ..expert_activations import MAX_TOKENS, activations
 from ..types import ExpertWeights
 from . import MERGING
 
@@ -13,9 +13,14 @@ if TYPE_CHECKING:
     from ..layer_tokens import LayerTokens
 
 
-@MERGING.register("least_squares_down", takes="experts", check=CHECK_RIDGE)
+@MERGING.register("least_squares_down", takes="experts", check=CHECK_FIT)
 def merge_by_least_squares_down(
-    members: ExpertWeights, importance: Tensor, *, tokens: "LayerTokens", ridge: float = RIDGE
+    members: ExpertWeights,
+    importance: Tensor,
+    *,
+    tokens: "LayerTokens",
+    ridge: float = RIDGE,
+    max_tokens: int = MAX_TOKENS,
 ) -> ExpertWeights:
     """Average gate and up, then fit down to the members' mean output on the tokens of the layer.
 
@@ -24,7 +29,7 @@ def merge_by_least_squares_down(
         W_g = sum_i s_i W_g^i,  W_u = sum_i s_i W_u^i,  P = act(W_g X, W_u X),  Q_i = act(W_g^i X, W_u^i X)
         W_d = [s_1 W_d^1 ... s_m W_d^m] Q P^+
 
-    X are all kept tokens, whatever expert the router chose for them. Deviation: the paper's P^+ has no ridge and
+    X are kept tokens, whatever expert the router chose for them. Deviation: the paper's P^+ has no ridge and
     collapses on few samples; here a ridge draws W_d to the weighted mean of the W_d^i unless it is 0.
 
     Memory and time: see `fit_down`.
@@ -34,9 +39,12 @@ def merge_by_least_squares_down(
         importance: (m,), >= 0. All 0 counts the dominant expert alone.
         tokens: The kept tokens of the layer.
         ridge: Relative to the mean energy of a neuron of P; 0 is the pseudo-inverse, as published.
+        max_tokens: How many of the kept tokens count, at even distances.
 
     Returns:
         One expert, float32. Biases are averaged; that of down is exact.
     """
     mean = weighted_mean(members, importance)
-    return fit_down(mean, members, importance, tokens, ridge, lambda hidden, _: activations(mean, 0, hidden, tokens))
+    return fit_down(
+        mean, members, importance, tokens, ridge, max_tokens, lambda hidden, _: activations(mean, 0, hidden, tokens)
+    )

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..down_fit import CHECK_RIDGE, RIDGE, fit_down, shares_of, weighted_mean
+from ..down_fit import CHECK_FIT, RIDGE, fit_down, shares_of, weighted_mean
+from ..expert_activations import MAX_TOKENS
 from ..types import ExpertWeights
 from . import MERGING
 
@@ -12,9 +13,14 @@ if TYPE_CHECKING:
     from ..layer_tokens import LayerTokens
 
 
-@MERGING.register("pleas", takes="experts", check=CHECK_RIDGE)
+@MERGING.register("pleas", takes="experts", check=CHECK_FIT)
 def merge_by_permuted_least_squares(
-    members: ExpertWeights, importance: Tensor, *, tokens: "LayerTokens", ridge: float = RIDGE
+    members: ExpertWeights,
+    importance: Tensor,
+    *,
+    tokens: "LayerTokens",
+    ridge: float = RIDGE,
+    max_tokens: int = MAX_TOKENS,
 ) -> ExpertWeights:
     """Fit each matrix of the merged expert to what the permuted members give for averaged inputs.
 
@@ -33,6 +39,7 @@ def merge_by_permuted_least_squares(
         importance: (m,), >= 0. All 0 counts the dominant expert alone.
         tokens: The kept tokens of the layer.
         ridge: Relative to the mean energy of an averaged neuron; 0 is the pseudo-inverse.
+        max_tokens: How many of the kept tokens count, at even distances.
 
     Returns:
         One expert, float32. Biases are averaged.
@@ -43,4 +50,4 @@ def merge_by_permuted_least_squares(
     def averaged(hidden_states: Tensor, of_members: list[Tensor]) -> Tensor:
         return sum(share * activation for share, activation in zip(shares, of_members, strict=True))
 
-    return fit_down(mean, members, importance, tokens, ridge, averaged)
+    return fit_down(mean, members, importance, tokens, ridge, max_tokens, averaged)

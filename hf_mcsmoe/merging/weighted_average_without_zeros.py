@@ -6,7 +6,7 @@ from torch import Tensor
 from . import MERGING
 from .weighted_average import merge_by_weighted_average
 
-LEAST_IMPORTANCE = 0.5
+MOST_OF_ZERO = 0.5
 
 
 @MERGING.register("weighted_average_without_zeros")
@@ -23,5 +23,5 @@ def merge_by_weighted_average_without_zeros(members: Tensor, importance: Tensor)
     Returns:
         The merged matrix, (O, I) float32. If all importances are zero, the plain mean.
     """
-    least = importance.masked_fill(importance <= 0, LEAST_IMPORTANCE).min().clamp(max=LEAST_IMPORTANCE)
+    least = importance.masked_fill(importance <= 0, MOST_OF_ZERO).min()
     return merge_by_weighted_average(members, torch.where(importance > 0, importance, least))

@@ -7,21 +7,28 @@ from torch import Tensor
 
 from ..agglomerative import cluster_by_distance
 from ..down_fit import shares_of
-from ..expert_activations import activations, sums_over_tokens
+from ..expert_activations import CHECK_TOKENS, MAX_TOKENS, activations, sums_over_tokens
 from ..observed import sum_dtype
-from ..option_checks import check_whole
+from ..option_checks import check_all, check_whole
 from ..types import ExpertWeights
 from . import MERGING
 
 if TYPE_CHECKING:
     from ..layer_tokens import LayerTokens
 
-CHECK_NEURONS = check_whole("max_neurons", 1, "Its square times 16 bytes is the memory that a group takes.")
+CHECK_ZIPIT = check_all(
+    check_whole("max_neurons", 1, "Its square times 16 bytes is the memory that a group takes."), CHECK_TOKENS
+)
 
 
-@MERGING.register("zipit", takes="experts", check=CHECK_NEURONS)
+@MERGING.register("zipit", takes="experts", check=CHECK_ZIPIT)
 def merge_by_zipping(
-    members: ExpertWeights, importance: Tensor, *, tokens: "LayerTokens", max_neurons: int = 16_384
+    members: ExpertWeights,
+    importance: Tensor,
+    *,
+    tokens: "LayerTokens",
+    max_neurons: int = 16_384,
+    max_tokens: int = MAX_TOKENS,
 ) -> ExpertWeights:
     """Join the most correlated neurons, within and across members, until one expert's width is left.
 
@@ -32,14 +39,15 @@ def merge_by_zipping(
     members. Deviations: clusters are joined by their mean correlation over all pairs, the paper's code takes a damped
     minimum; its budget for joins within one member is left out.
 
-    Memory: 16 (m I)^2 bytes for the correlations and the clustering. Time: the activations of all members on all kept
+    Memory: 16 (m I)^2 bytes for the correlations and the clustering. Time: the activations of all members on T
     tokens, T (m I)^2, and O((m I)^2) for the clustering.
 
     Args:
         members: (m, ...) float32; the order of their neurons does not matter.
         importance: (m,), >= 0. All 0 counts the dominant expert alone.
-        tokens: The kept tokens of the layer: all, whatever expert the router chose for them.
+        tokens: The kept tokens of the layer, whatever expert the router chose for them.
         max_neurons: Most neurons m I of a group.
+        max_tokens: How many of the kept tokens count, at even distances.
 
     Returns:
         One expert, float32.
@@ -55,7 +63,7 @@ def merge_by_zipping(
         )
     device, dtype = members.up.device, sum_dtype(members.up.device)
     shares = shares_of(importance, device).to(dtype)
-    cluster = cluster_by_distance(1 - correlations(members, tokens), width).to(device)
+    cluster = cluster_by_distance(1 - correlations(members, tokens, max_tokens), width).to(device)
     share_of_neuron = shares.repeat_interleave(width)
     weight = torch.where(sum_by(cluster, share_of_neuron, width)[cluster] > 0, share_of_neuron, 1.0)
     weight = weight / sum_by(cluster, weight, width)[cluster]
@@ -77,7 +85,7 @@ def sum_by(cluster: Tensor, values: Tensor, num_clusters: int) -> Tensor:
     return values.new_zeros(num_clusters, *values.shape[1:]).index_add_(0, cluster, values)
 
 
-def correlations(members: ExpertWeights, tokens: "LayerTokens") -> Tensor:
+def correlations(members: ExpertWeights, tokens: "LayerTokens", max_tokens: int = MAX_TOKENS) -> Tensor:
     """Pearson correlation of the activations of all neurons of all members, (m I, m I) float64.
 
     A neuron that never changes has the correlation 0 with all others.
@@ -89,7 +97,7 @@ def correlations(members: ExpertWeights, tokens: "LayerTokens") -> Tensor:
         return both.T @ both, both.sum(dim=0)
 
     num_neurons = members.num_experts * members.width
-    num_tokens, sums = sums_over_tokens(tokens, members.up.device, products)
+    num_tokens, sums = sums_over_tokens(tokens, members.up.device, max_tokens, products)
     if num_tokens == 0:
         return torch.eye(num_neurons, dtype=torch.float64)
     covariance = sums[0] / num_tokens - torch.outer(sums[1], sums[1]) / num_tokens**2

@@ -3,9 +3,6 @@
 from .preset import Preset
 
 M_SMOE = "the groups of Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (2024)"
-# For steps that run all members of a group on all kept tokens: as many as statistics of every expert take.
-FEW_TOKENS = 4096
-
 PRESETS = {
     "hc-smoe": Preset(
         paper="Retraining-Free Merging of Sparse MoE via Hierarchical Clustering (Chen et al., 2024)",
@@ -34,7 +31,6 @@ PRESETS = {
             "merging": "weighted_average_without_zeros",
             "importance": "gated_output_norm",
             "sequential": True,
-            "fit_tokens": 32_768,
         },
     ),
     "sub-moe": Preset(
@@ -61,7 +57,6 @@ PRESETS = {
             "similarity": "inner_weights",
             "alignment": None,
             "merging": "least_squares_down",
-            "fit_tokens": FEW_TOKENS,
         },
     ),
     "m-smoe-average": Preset(
@@ -81,14 +76,14 @@ PRESETS = {
         url="https://arxiv.org/abs/2305.03053",
         notes="m-smoe whose members are merged neuron by neuron where activations correlate, also within one expert. "
         "Clusters by their mean correlation instead of a damped minimum.",
-        recipe={"alignment": None, "merging": "zipit", "fit_tokens": FEW_TOKENS},
+        recipe={"alignment": None, "merging": "zipit"},
     ),
     "m-smoe-pleas": Preset(
         paper=f"PLeaS: Merging Models with Permutations and Least Squares (Nasery et al., 2024) in {M_SMOE}",
         url="https://arxiv.org/abs/2407.02447",
         notes="m-smoe with a full permutation and a regression of down on averaged activations; a partial width, "
         "which PLeaS also has, is not possible where all experts are equally wide.",
-        recipe={"merging": "pleas", "fit_tokens": FEW_TOKENS},
+        recipe={"merging": "pleas"},
     ),
     "dern": Preset(
         paper="Dropping Experts, Recombining Neurons: Retraining-Free Pruning for Sparse Mixture-of-Experts LLMs "
