@@ -51,11 +51,12 @@ def changes_of(method):
 def solves(name):
     """Whether a preset solves systems with what layers were given, or ranks neurons, or reads gradients.
 
-    A bfloat16 model gives layers other numbers.
+    A bfloat16 model gives layers other numbers. And of factors only the product is the same whatever the rounding.
     """
     recipe = recipe_from_preset(**changes_of(name))
     reads_numbers = recipe.selection is not None or bool(recipe.statistics_with("gradients"))
-    return recipe.needs_inputs or recipe.decomposition is not None or reads_numbers
+    factors = recipe.decomposition is not None or recipe.shared_base is not None
+    return recipe.needs_inputs or factors or reads_numbers
 
 
 def choices(model):
