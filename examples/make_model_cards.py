@@ -9,6 +9,7 @@ the last digits may differ.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import tempfile
@@ -100,17 +101,23 @@ def measured(preset: str) -> dict[str, Any]:
         progress=False,
     )
     report = model.compression_report.to_dict()
+    rows, extras, baseline = judged_on()
+    # The weights are those that are stored; a sum in float32 is faster on most CPUs, and the baseline's is one.
+    scores, _ = evaluate_whole(model.float, rows, extras, baseline, progress=False)
+    report["evaluation"] = scores.to_dict()
+    return without_paths(without_machine(report)) | {"made_from_sha256": sources_of(preset)}
+
+
+@functools.cache
+def judged_on() -> tuple[Any, Extras, Any]:
+    """Evaluation rows, prompts, and what the original makes of them: the same for all presets."""
     tokenizer = load_tokenizer(MODEL)
     rows = load_evaluation_data(
         str(ASSETS / "evaluation.jsonl"), tokenizer, num_samples=EVALUATION_ROWS, sequence_length=ROW_TOKENS
     )
     source = f"beginnings of rows of the evaluation text, at most {PROMPT_TOKENS} tokens"
     extras = Extras(tokenizer, prompts_from_rows(rows, PROMPTS), source)
-    baseline = beside(lambda: load_model(MODEL, dtype="float32"), extras, progress=False)
-    # The weights are those that are stored; a sum in float32 is faster on most CPUs, and the baseline's is one.
-    scores, _ = evaluate_whole(model.float, rows, extras, baseline, progress=False)
-    report["evaluation"] = scores.to_dict()
-    return without_paths(without_machine(report)) | {"made_from_sha256": sources_of(preset)}
+    return rows, extras, beside(lambda: load_model(MODEL, dtype="float32"), extras, progress=False)
 
 
 def without_machine(values: Any) -> Any:

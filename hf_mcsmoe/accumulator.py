@@ -41,7 +41,7 @@ class StatisticsAccumulator:
 
     def _by_kind(self, *, gradients: bool) -> dict[str, list[str]]:
         """The statistics that read gradients, or the others, by what they are functions of."""
-        names_of: dict[str, list[str]] = {"slots": [], "expert": [], "experts": [], "every_expert": []}
+        names_of: dict[str, list[str]] = {"slots": [], "expert": [], "experts": [], "choices": [], "every_expert": []}
         for name in self.names:
             if STATISTICS.trait(name, "gradients", False) == gradients:
                 names_of[STATISTICS.trait(name, "of")].append(name)
@@ -78,6 +78,10 @@ class StatisticsAccumulator:
                 self._add_experts(experts, observed, names_of["expert"])
             for name in names_of["experts"]:
                 self._add(name, STATISTICS[name](experts, observed))
+            if names_of["choices"]:
+                for chunk in experts.together(observed):
+                    for name in names_of["choices"]:
+                        self._add(name, STATISTICS[name](chunk))
             if names_of["every_expert"]:
                 for chunk in experts.everywhere(observed):
                     for name in names_of["every_expert"]:

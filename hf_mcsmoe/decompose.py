@@ -59,6 +59,11 @@ def decompose_merged(
             a rule that needs it. The model is as it was.
     """
     DECOMPOSITION.check_options(decomposition, options)
+    if DECOMPOSITION.trait(decomposition, "ranked"):
+        raise ValueError(
+            f"decomposition {decomposition!r} needs the importance of experts, which comes from calibrating the "
+            "original model. Name it in the recipe that compresses that."
+        )
     reads_inputs = bool(DECOMPOSITION.needs(decomposition))
     if reads_inputs and calibration is None:
         raise ValueError(

@@ -62,6 +62,48 @@ class LowRankSparse:
 
 
 @dataclass(frozen=True, eq=False)
+class SharedBase:
+    """N experts whose matrices W_i (O, I) are base + left_i right_i + a few rows.
+
+    Raises:
+        ValueError: Matrices are missing, or their shapes do not fit.
+    """
+
+    bases: dict[str, Tensor]  # by the name of the matrix ("gate", "up", "down"): (O, I)
+    factors: dict[str, list[LowRankSparse]]  # of each expert
+    biases: dict[str, Tensor]  # (N, O); empty without biases
+
+    def __post_init__(self) -> None:
+        if set(self.bases) != set(self.factors):
+            raise ValueError(f"SharedBase has bases of {sorted(self.bases)} and factors of {sorted(self.factors)}.")
+        for matrix, base in self.bases.items():
+            shapes = {one.shape for one in self.factors[matrix]}
+            if shapes != {tuple(base.shape)}:
+                raise ValueError(f"factors of {matrix} have shapes {sorted(shapes)}, its base {tuple(base.shape)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class SharedProjection:
+    """N experts of hidden size m between a projection into their latent numbers and one out of them.
+
+    Raises:
+        ValueError: Shapes do not fit.
+    """
+
+    inward: Tensor  # (m, D)
+    outward: Tensor  # (D, m)
+    latent: dict[str, Tensor]  # "gate" (if there is one) and "up" (N, I, m), "down" (N, m, I)
+    biases: dict[str, Tensor]  # "gate" and "up" (N, I), "down" (N, D); empty without biases
+
+    def __post_init__(self) -> None:
+        size, hidden = self.inward.shape
+        num_experts, width, _ = self.latent["up"].shape
+        expected = {name: (tensor, (num_experts, width, size)) for name, tensor in self.latent.items()}
+        expected["down"] = (self.latent["down"], (num_experts, size, width))
+        check_shapes("SharedProjection", expected | {"outward": (self.outward, (hidden, size))})
+
+
+@dataclass(frozen=True, eq=False)
 class PackedExperts:
     """M experts of different widths: the neurons of all experts one after another, P in all.
 

@@ -16,6 +16,7 @@ from .evaluation import Evaluation, evaluate_model
 from .export_plan import ExportPlan, plan_export, refused
 from .export_report import Changes, copy_other_files, exported_report
 from .families import find_layers
+from .layer_budget import ALIGNED_NEURONS
 from .loading import load_model
 from .modeling.client_keys import add_client_keys
 from .modeling.densify import densify
@@ -26,7 +27,6 @@ from .modeling.native_width import native_fields
 from .outcome import count
 from .publishing import write_card, write_pages, write_report
 from .publishing.card import local_licence
-from .recipe import ALIGNED_NEURONS
 from .routing.treatments import TREATMENTS
 from .types import ExpertGroups, MoeLayer
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .decomposition import DECOMPOSITION
 from .executors.in_memory import Collected
-from .expert_decomposition import decompose_experts
+from .expert_sharing import share_experts
 from .expert_values import PackedExperts
-from .gated_features import sum_input_grams
 from .layer_constants import constants_of_layer, without_constants
+from .layer_decomposition import decompose
 from .layer_fit import FittedExperts, fit_experts, refit_down
 from .layer_inputs import LayerInputs, relative_error, routed_output
 from .layer_merging import MergedLayer, merge_layer
@@ -23,11 +23,12 @@ from .matching import MATCHING
 from .matching.tokens import MatchingTokens, TrainableRouter, can_train_router
 from .modeling.constant_outputs import fill_constants
 from .modeling.experts import install_mapped, install_native, replace_experts
-from .modeling.install_forms import install_low_rank_sparse, install_ragged
+from .modeling.install_forms import install_ragged
 from .recipe import Recipe
 from .report_types import factor_sizes
+from .router_treatment import RouterErrors, cut_router
 from .routing import ROUTING
-from .sizes import constant_sizes, expert_size, neuron_size
+from .sizes import Sizes, constant_sizes, expert_size, expert_sizes, neuron_size, shared_sizes
 from .types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
 
 # Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
@@ -55,27 +56,24 @@ def compress_layer(
     start = time.perf_counter()
     before = routed_output(layer, collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
-    new_size = expert_size(layer, recipe) if recipe.decomposition is not None else size
+    new_sizes = sizes_after(layer, recipe, num_experts)
     original = functools.cache(lambda: original_tokens(layer, collected))
     merged = merge_layer(layer, recipe, collected.statistics, num_experts, original, protected)
     share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
-    layout = {
-        "num_experts": num_experts,
-        "num_slots": layer.num_slots,
-        "has_dropped": bool((merged.groups.group_of_expert < 0).any()),
-        "collapse_duplicates": worth_collapsing(recipe, share),
-    }
+    layout = layout_of_layer(layer, merged.groups, worth_collapsing(recipe, share))
     constants = constants_of_layer(recipe, collected.statistics, merged.groups)
-    added = constant_sizes(layer, 0 if constants is None else len(constants))
     if constants is not None:
         layout["num_constants"] = len(constants)
-    tokens = tokens_of_layer(layer, collected, merged, original(), constants) if reads_tokens(recipe) else None
-    fitted = None
-    if recipe.is_fitted and not is_unchanged(layer, recipe, merged):
-        fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
-        if recipe.matching is not None:
-            fitted = match_layer(layer, recipe, collected, tokens, fitted)
-    install(layer, recipe, merged, tokens, fitted, layout)
+        new_sizes += constant_sizes(layer, len(constants))
+    of_original = original() if reads_tokens(recipe) else None  # before the router and the experts become others
+    is_cut = is_router_cut(layer, merged) and (reads_tokens(recipe) or recipe.router is not None)
+    rows = cut_router(layer, recipe, merged, collected, before) if is_cut else None
+    tokens = tokens_of_layer(layer, collected, merged, of_original, constants) if of_original is not None else None
+    fitted = fit_and_match(layer, recipe, merged, tokens, collected) if recipe.is_fitted else None
+    if recipe.shares_experts:
+        share_experts(layer, recipe, merged, collected.statistics, original, layout)
+    else:
+        install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
     if constants is not None:
         fill_constants(layer.experts, constants)
     reroute = merged.routing.rows is not None or trains_router(layer, recipe)
@@ -88,9 +86,9 @@ def compress_layer(
         num_experts_before=layer.num_experts,
         num_experts_after=num_experts,
         parameters_before=size.parameters * layer.num_experts,
-        parameters_after=new_size.parameters * num_experts - per_neuron.parameters * gone + added.expert_parameters,
+        parameters_after=new_sizes.expert_parameters - per_neuron.parameters * gone,
         bytes_before=size.bytes * layer.num_experts,
-        bytes_after=new_size.bytes * num_experts - per_neuron.bytes * gone + added.expert_bytes,
+        bytes_after=new_sizes.expert_bytes - per_neuron.bytes * gone,
         relative_error=relative_error(before, after),
         duplicate_share=share,
         unused_experts=int((collected.statistics.selection_count == 0).sum()),
@@ -99,13 +97,49 @@ def compress_layer(
         dominant_of_group=merged.groups.dominant_of_group.tolist(),
         usage_frequency=collected.statistics.usage_frequency.tolist(),
         widths=widths,
-        refit_error_before=fitted.error_before_refit if fitted is not None else None,
-        refit_error_after=fitted.error_after_refit if fitted is not None else None,
+        **guarded_errors(fitted, rows),
         protected_experts=protected.nonzero().flatten().tolist() if protected is not None else [],
         width_before=layer.intermediate_size,
         **factor_sizes(layout),
     )
     return report, layout, record_statistics(layer.name, collected.statistics, merged.similarity)
+
+
+def guarded_errors(fitted: FittedExperts | None, rows: RouterErrors | None) -> dict[str, float | None]:
+    """What held-out tokens said of the refit and of the router's rule, for the report; None: there was none."""
+    return {
+        "refit_error_before": fitted.error_before_refit if fitted is not None else None,
+        "refit_error_after": fitted.error_after_refit if fitted is not None else None,
+        "router_error_before": rows.dominant_rows if rows is not None else None,
+        "router_error_after": rows.rule if rows is not None else None,
+    }
+
+
+def layout_of_layer(layer: MoeLayer, groups: ExpertGroups, collapse_duplicates: bool) -> dict[str, Any]:
+    """A layer's entry in the layout of a mapped checkpoint, but for what the form of its experts adds."""
+    return {
+        "num_experts": groups.num_groups,
+        "num_slots": layer.num_slots,
+        "has_dropped": bool((groups.group_of_expert < 0).any()),
+        "collapse_duplicates": collapse_duplicates,
+    }
+
+
+def sizes_after(layer: MoeLayer, recipe: Recipe, num_experts: int) -> Sizes:
+    """What the M experts of a layer, as found, add to the sizes of the model if they keep all their neurons."""
+    if recipe.shares_experts:
+        return shared_sizes(layer, recipe)
+    return expert_sizes(layer, num_experts, expert_size(layer, recipe if recipe.decomposes(layer.num_slots) else None))
+
+
+def fit_and_match(
+    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, collected: Collected
+) -> FittedExperts | None:
+    """Select neurons, refit and train, as the recipe says; None where all experts stay as they are."""
+    if is_unchanged(layer, recipe, merged):
+        return None
+    fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
+    return match_layer(layer, recipe, collected, tokens, fitted) if recipe.matching is not None else fitted
 
 
 def tokens_of_layer(
@@ -115,12 +149,11 @@ def tokens_of_layer(
 
     That is what the original experts give, less the constants that dropped slots add.
 
-    In the native layout with fewer experts the merged ones are installed for that: the router must be cut.
+    In the native layout with fewer experts the router must have been cut.
     """
     num_experts, group_of_expert = merged.groups.num_groups, merged.groups.group_of_expert
     reroute = is_router_cut(layer, merged)
     if reroute:
-        install_native(layer, merged.parameters, merged.routing.rows, group_of_expert)
         assignment = torch.eye(num_experts)
     else:
         assignment = torch.zeros(layer.num_slots, num_experts)
@@ -203,8 +236,13 @@ def install(
     tokens: LayerTokens | None,
     fitted: FittedExperts | None,
     layout: dict[str, Any],
+    *,
+    is_cut: bool,
 ) -> None:
-    """Put the result into the model; `layout` gets what the form of the experts adds to it."""
+    """Put the result into the model; `layout` gets what the form of the experts adds to it.
+
+    `is_cut` tells that the router has M rows already, and that the module holds M experts.
+    """
     routing, parameters = merged.routing, merged.parameters
     if fitted is not None and routing.slot_map is not None and not is_full(layer, fitted.experts):
         install_ragged(layer, fitted.experts, routing.slot_map, layout)
@@ -214,30 +252,14 @@ def install(
         weights = fitted.experts.to_uniform(int(fitted.experts.widths.max())).tensors()
         stacked = layer.family.unview(layer, ExpertWeights(**{name: t.to(dtype) for name, t in weights.items()}))
         parameters = {name: stacked.get(name, tensor) for name, tensor in parameters.items()}
-    if recipe.decomposition is not None:
-        decompose(layer, recipe, layer.family.view(layer, parameters), tokens, routing.slot_map, layout)
+    if recipe.decomposes(layer.num_slots):
+        decompose(layer, recipe, merged, layer.family.view(layer, parameters), tokens, layout)
     elif routing.slot_map is not None:
         install_mapped(layer, parameters, routing.slot_map, layout)
-    elif tokens is not None and is_router_cut(layer, merged):
-        replace_experts(layer, parameters)  # the router was cut for the tokens
+    elif is_cut:
+        replace_experts(layer, parameters)
     else:
         install_native(layer, parameters, routing.rows, merged.groups.group_of_expert)
-
-
-def decompose(
-    layer: MoeLayer,
-    recipe: Recipe,
-    weights: ExpertWeights,
-    tokens: LayerTokens | None,
-    slot_map: Tensor,
-    layout: dict[str, Any],
-) -> None:
-    """Put the decomposition of M merged experts into a layer."""
-    grams = None
-    if tokens is not None:
-        grams = sum_input_grams(as_float32(weights), tokens.activation, tokens.calibration)
-    factors, biases = decompose_experts(weights, recipe.decomposition, recipe.decomposition_options, grams)
-    install_low_rank_sparse(layer, factors, biases, slot_map, layout)
 
 
 def is_full(layer: MoeLayer, experts: PackedExperts) -> bool:

@@ -32,6 +32,8 @@ class MergedLayer:
     routing: Routing
     parameters: dict[str, Tensor]  # M experts as the family stacks them
     similarity: Tensor | None = None  # (N, N), of the original experts; None: the recipe does not look at it
+    importance: Tensor | None = None  # (N,): of the original experts
+    transfer: Tensor | None = None  # (N, M) shares of experts that went into groups; None: whole members
 
 
 def merge_layer(
@@ -63,7 +65,7 @@ def merge_layer(
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
         for name, rows in layer.passive_expert_rows.items():
             new[name] = torch.cat([new[name], rows.detach()])
-    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, similarity)
+    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, similarity, importance)
 
 
 def group_experts(

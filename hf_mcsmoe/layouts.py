@@ -12,11 +12,13 @@ from .families.base import MoeFamily
 from .families.residual import check_residual
 from .grouping import GROUPING
 from .modeling.forms import check_forms
+from .modeling.install_forms import check_linear_output
 from .modeling.native_config import check_native
 from .modeling.native_width import NativeFields, native_fields
 from .recipe import Recipe
 from .registry import closest
-from .sizes import expert_size
+from .router_access import check_router
+from .sizes import expert_size, shared_sizes
 from .statistics import STATISTICS
 from .types import MoeLayer
 
@@ -117,10 +119,12 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
     tensors = [id(p) for layer in layers if layer.name not in tied for p in layer.expert_parameters.values()]
     if len(set(tensors)) < len(tensors):
         raise ValueError(f"{named} ties some matrices of experts, not all. Such a model is not supported.")
-    if tied and (recipe.selection is not None or recipe.decomposition is not None):
+    if tied and any(
+        step is not None for step in (recipe.selection, recipe.decomposition, recipe.router, recipe.shared_base)
+    ):
         raise ValueError(
-            f"{named} has layers that share their experts; selection and decomposition cannot treat them. "
-            "Use a recipe without these steps."
+            f"{named} has layers that share their experts; selection and decomposition, shared parts and router rules "
+            "cannot treat them. Use a recipe without these steps."
         )
     kept, excluded = resolve_layers(layers, recipe)
     for layer in kept:
@@ -134,6 +138,8 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
         check_native(kept, budgets, drops_experts=GROUPING.trait(recipe.grouping, "drops", False))
         if model is not None:
             native_target(model, recipe, kept, excluded)
+        if recipe.router is not None:
+            _check_routers(kept, recipe.router)
     _check_allocation([layer.num_slots for layer in kept], budgets, recipe)
 
 
@@ -154,8 +160,10 @@ def _check_family(layer: MoeLayer, recipe: Recipe) -> None:
             f"layout {recipe.layout!r} is not possible for {layer.name!r}{f': {reason}' if reason else ''}. "
             f"Use one of {list(layouts)}."
         )
-    if recipe.is_fitted or recipe.decomposition is not None:
+    if recipe.is_fitted or recipe.decomposition is not None or recipe.shares_experts:
         check_forms(layer)
+    if recipe.shares_experts:
+        check_linear_output(layer)
     if recipe.protect is not None and recipe.layout == "native" and layer.num_router_groups > 1:
         raise ValueError(
             f"protect is {recipe.protect!r}, but in layout 'native' each of the {layer.num_router_groups} groups of "
@@ -189,6 +197,16 @@ def _check_running(layer: MoeLayer, recipe: Recipe) -> None:
         )
 
 
+def _check_routers(layers: Sequence[MoeLayer], rule: str) -> None:
+    """One probe for each kind of router that the layers have."""
+    kinds = {}
+    for layer in layers:
+        shapes = tuple((name, tuple(t.shape)) for name, t in layer.router.state_dict().items())
+        kinds.setdefault((type(layer.router), layer.num_slots, shapes), layer)
+    for layer in kinds.values():
+        check_router(layer, rule)
+
+
 def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
     if not 1 <= budget <= layer.num_slots:
         raise ValueError(
@@ -197,6 +215,11 @@ def _check_budget(layer: MoeLayer, budget: int, recipe: Recipe) -> None:
     check_sizes = GROUPING.trait(recipe.grouping, "check_sizes")
     if check_sizes is not None and recipe.allocation == "uniform":  # others decide after calibration
         check_sizes(layer.num_slots, budget, {**GROUPING.options(recipe.grouping), **recipe.grouping_options})
+    if recipe.shares_experts:
+        try:
+            shared_sizes(layer, recipe)
+        except ValueError as error:
+            raise ValueError(f"shared_base {recipe.shared_base!r} does not fit {layer.name!r}: {error}") from error
     if recipe.decomposition is not None:
         try:
             expert_size(layer, recipe)

@@ -87,6 +87,16 @@ class ExpertTokens:
 
 
 @dataclass(frozen=True, eq=False)
+class ChosenOutputs:
+    """What the chosen experts make of a few tokens, choice by choice; float32."""
+
+    num_slots: int  # N
+    index: Tensor  # (t, k) int64: slots that the router chose; N for a choice that does not count
+    gates: Tensor  # (t, k): what the block multiplies outputs with; 0 for a choice that does not count
+    outputs: Tensor  # (t, k, D), before the gates; 0 for a choice that does not count
+
+
+@dataclass(frozen=True, eq=False)
 class EveryExpert:
     """What all experts make of a few sampled tokens, whether the router sent them there or not; float32."""
 
@@ -135,6 +145,23 @@ class RunningExperts:
         weights = gates.flatten()[order].split(sizes)
         for expert in range(num_slots):
             yield self.on(expert, observed, tokens[expert], weights[expert])
+
+    def together(self, observed: ObservedTokens) -> Iterator[ChosenOutputs]:
+        """The outputs of all chosen experts of a token beside each other, a few tokens at a time.
+
+        Memory: t k D numbers, at most `MOST_OUTPUTS`.
+        """
+        width = observed.hidden_states.shape[-1]
+        size = max(1, MOST_OUTPUTS // (observed.top_k_index.shape[1] * width))
+        for tokens in torch.arange(len(observed.hidden_states), device=observed.top_k_index.device).split(size):
+            part = take(observed, tokens)
+            index = torch.where(part.counted, part.top_k_index, part.num_slots)
+            outputs = torch.zeros(*index.shape, width, device=index.device)
+            for routed in self.where_routed(part):
+                choice = (index[routed.tokens] == routed.expert).int().argmax(1)
+                outputs[routed.tokens, choice] = routed.outputs
+            gates = torch.where(part.counted, part.top_k_weights.float(), 0.0)
+            yield ChosenOutputs(part.num_slots, index, gates, outputs)
 
     def everywhere(self, observed: ObservedTokens) -> Iterator[EveryExpert]:
         """All experts on the sampled tokens, a few tokens at a time: at most `MOST_OUTPUTS` numbers."""

@@ -13,7 +13,18 @@ from .layouts import budget_of_layer, check_layout, neurons_of_layer, resolve_la
 from .loading import empty_model, read_config
 from .low_rank import DEFAULT_RANK
 from .recipe import Recipe
-from .sizes import INDEX_BYTES, Sizes, constant_sizes, expert_size, expert_sizes, measure, neuron_sizes, router_sizes
+from .shared_base import SHARED_BASE
+from .sizes import (
+    INDEX_BYTES,
+    Sizes,
+    constant_sizes,
+    expert_size,
+    expert_sizes,
+    measure,
+    neuron_sizes,
+    router_sizes,
+    shared_sizes,
+)
 from .types import MoeLayer
 
 
@@ -123,7 +134,9 @@ def _layer_plan(
 
 
 def _layer_after(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
-    decomposed_by = recipe if recipe.decomposition is not None else None
+    if recipe.shares_experts:
+        return shared_sizes(layer, recipe)
+    decomposed_by = recipe if recipe.decomposes(layer.num_slots) else None
     sizes = expert_sizes(layer, num_experts, expert_size(layer, decomposed_by))
     if recipe.constants is not None:
         sizes += constant_sizes(layer, layer.num_slots - num_experts)
@@ -147,7 +160,8 @@ def _routing_change(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
     # A ragged layer also stores where its experts start.
     full = num_experts * layer.intermediate_size
     offsets = num_experts + 1 if neurons_of_layer(layer, recipe, num_experts) < full else 0
-    if recipe.decomposition is not None:  # and of each matrix, where the rows of experts start
+    has_rows = recipe.shares_experts and SHARED_BASE.trait(recipe.shared_base, "shares") == "base"
+    if recipe.decomposes(layer.num_slots) or has_rows:  # and of each matrix, where rows or ranks of experts start
         offsets = (3 if layer.format.has_gate else 2) * (num_experts + 1)
     return Sizes(0, 0, 0, (layer.num_slots + layer.num_identity_slots + offsets) * INDEX_BYTES, 0, 0)
 
@@ -157,7 +171,7 @@ def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_p
     notes = []
     if recipe.layout == "mapped" and recipe.selection is not None:
         notes.append("Active parameters and FLOPs are averages: experts keep different numbers of neurons.")
-    elif recipe.layout == "mapped":
+    elif recipe.layout == "mapped" and recipe.shared_base is None:
         notes.append(
             "Active parameters and FLOPs are upper bounds: several slots of a token may hold one expert, which is "
             "then computed once."
@@ -170,7 +184,7 @@ def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_p
         )
         if len({layer.bytes_per_expert for layer in kept}) > 1:
             notes.append("Experts differ in size between layers, so the totals are estimates.")
-    if any(layer.expert_bytes_after > layer.expert_bytes_before for layer in layer_plans):
+    if not recipe.is_ranked and any(layer.expert_bytes_after > layer.expert_bytes_before for layer in layer_plans):
         asked = DECOMPOSITION.options(recipe.decomposition) | recipe.decomposition_options
         size = f"rank {asked['rank'] or DEFAULT_RANK}"
         size = size if asked["parameter_ratio"] is None else f"parameter_ratio {asked['parameter_ratio']}"

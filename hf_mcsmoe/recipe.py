@@ -1,7 +1,6 @@
 """Recipe: what the user asks for."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from .allocation import ALLOCATION
 from .constants import CONSTANTS
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
+from .layer_budget import LayerBudget, check_shared_recipe
 from .low_rank import check_budget
 from .matching import MATCHING
 from .merging import MERGING
@@ -18,8 +18,10 @@ from .presets import PRESETS
 from .protection import PROTECTION
 from .refit import REFIT
 from .registry import Registry, closest
+from .router_rows import ROUTER_ROWS
 from .saliency import SALIENCY
 from .selection import SELECTION
+from .shared_base import SHARED_BASE
 from .similarity import SIMILARITY
 from .statistics import STATISTICS
 
@@ -35,6 +37,8 @@ STEPS: dict[str, Registry] = {
     "importance": SALIENCY,
     "constants": CONSTANTS,
     "selection": SELECTION,
+    "shared_base": SHARED_BASE,
+    "router": ROUTER_ROWS,
     "refit": REFIT,
     "matching": MATCHING,
     "decomposition": DECOMPOSITION,
@@ -46,28 +50,24 @@ OPTIONAL_STEPS = (
     "merging",
     "constants",
     "selection",
+    "shared_base",
+    "router",
     "refit",
     "matching",
     "decomposition",
 )
-ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
 
 
-def is_number(value: Any, kind: Any) -> bool:
-    """Whether `value` is of a number type; True and False, which Python counts as 1 and 0, are not."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(LayerBudget):
     """Which steps compress the experts, and how far.
 
     Every step is a name in the registry of its folder; `<step>_options` holds that function's options.
 
     Attributes:
         keep: Share of the experts (of the layers that are not excluded) that stays, in (0, 1]. With `selection` the
-            share of their neurons, in all experts together.
+            share of their neurons, in all experts together; with `shared_base` that of the numbers of their matrices.
         num_experts: The same as an average number per layer; exclusive with `keep`.
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
         protect: Which experts are never dropped and never merged, whatever their saliency; None protects none.
@@ -84,7 +84,12 @@ class Recipe:
         selection: Saliency of single neurons, of which the least salient go; None keeps experts whole. In the
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
-            keeps all experts.
+            keeps all experts. With a ranked decomposition the share that stays, whose ranks take the rest of `keep`;
+            None takes the root of `keep`.
+        shared_base: What all experts of a layer share, of which each keeps a small part of its own; all experts and
+            the router stay, in the mapped layout. None stores experts one by one.
+        router: What the rows of a router that is cut become, in the native layout; None, or a rule that does not lower
+            a layer's error on held-out tokens, keeps the rows of the dominant experts.
         refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
         matching: How each layer alone is trained to give what the original one gave, after the refit; None does not.
         sequential: Statistics and tokens of each layer come from the compressed layers before it, not from the
@@ -130,6 +135,10 @@ class Recipe:
     selection: str | None = None
     selection_options: dict[str, Any] = field(default_factory=dict)
     keep_experts: float | None = None
+    shared_base: str | None = None
+    shared_base_options: dict[str, Any] = field(default_factory=dict)
+    router: str | None = None
+    router_options: dict[str, Any] = field(default_factory=dict)
     refit: str | None = None
     refit_options: dict[str, Any] = field(default_factory=dict)
     matching: str | None = None
@@ -154,48 +163,11 @@ class Recipe:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}, allowed are {LAYOUTS}.{closest(self.layout, LAYOUTS)}")
         if self.allocation is None:
-            is_uniform = self.layout == "native" or self.selection is not None
+            is_uniform = self.layout == "native" or self.selection is not None or self.shared_base is not None
             object.__setattr__(self, "allocation", "uniform" if is_uniform else "global_usage")
         self._check_budget()
         self._check_steps()
         self._check_combinations()
-
-    def _check_budget(self) -> None:
-        if self.keep is None and self.num_experts is None:
-            object.__setattr__(self, "keep", 0.5)
-        if self.keep is not None and self.num_experts is not None:
-            raise ValueError(
-                f"keep is {self.keep} and num_experts is {self.num_experts}; they say the same. Give one of them."
-            )
-        if self.keep is not None and not (is_number(self.keep, float | int) and 0 < self.keep <= 1):
-            raise ValueError(f"keep is {self.keep!r}, it must be in (0, 1]. 0.5 keeps half of the experts.")
-        if self.num_experts is not None and not (is_number(self.num_experts, int) and self.num_experts >= 1):
-            raise ValueError(f"num_experts is {self.num_experts!r}, it must be a whole number >= 1.")
-        self._check_neuron_budget()
-
-    def _check_neuron_budget(self) -> None:
-        for name in ("fit_tokens", "every_expert_tokens"):
-            value = getattr(self, name)
-            if not (is_number(value, int) and value >= 1):
-                raise ValueError(f"{name} is {value!r}, it must be a whole number >= 1.")
-        if self.selection is None:
-            if self.keep_experts is not None:
-                raise ValueError(
-                    f"keep_experts is {self.keep_experts}, but selection is None. Use keep, or name a selection."
-                )
-            return
-        if self.num_experts is not None:
-            raise ValueError(
-                f"num_experts is {self.num_experts}, but selection {self.selection!r} keeps neurons. "
-                "Use keep, and keep_experts for the share of the experts."
-            )
-        if self.keep_experts is None:
-            return
-        if not (is_number(self.keep_experts, float | int) and self.keep <= self.keep_experts <= 1):
-            raise ValueError(
-                f"keep_experts is {self.keep_experts!r}, it must be in [keep, 1] = [{self.keep}, 1]: the experts that "
-                "stay are narrowed to the share keep of all neurons."
-            )
 
     def _check_steps(self) -> None:
         for step, registry in STEPS.items():
@@ -222,7 +194,7 @@ class Recipe:
                 f"protect is {self.protect!r}, but grouping {self.grouping!r} judges all experts of a layer together. "
                 "Use protect=None or another grouping."
             )
-        if self.keep_experts is not None and self.allocation != "uniform":
+        if self.keep_experts is not None and self.selection is not None and self.allocation != "uniform":
             raise ValueError(
                 f"allocation is {self.allocation!r}, but with keep_experts all layers keep the same number of "
                 "neurons, which some could not hold. Use allocation='uniform', or leave keep_experts out."
@@ -241,6 +213,17 @@ class Recipe:
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
             )
+        self._check_results()
+
+    def _check_results(self) -> None:
+        """Refuse what the stored experts and routers cannot be."""
+        if self.router is not None and self.layout == "mapped":
+            raise ValueError(
+                f"router is {self.router!r}, but in layout 'mapped' the router keeps all its rows. "
+                "Use layout='native', or leave router out."
+            )
+        if self.shared_base is not None:
+            check_shared_recipe(self)
         if self.constants is not None and (
             self.layout != "mapped" or not GROUPING.trait(self.grouping, "drops", False)
         ):
@@ -260,6 +243,11 @@ class Recipe:
                 f"decomposition is {self.decomposition!r} and selection is {self.selection!r}, but experts of "
                 "different widths cannot be decomposed. Leave one of them out."
             )
+        if self.is_ranked and "rank" in self.decomposition_options:
+            raise ValueError(
+                f"decomposition {self.decomposition!r} has no option 'rank': ranks follow from keep. Leave it out, "
+                "and use keep_experts for the share of the experts."
+            )
         check_budget(self.decomposition_options)
 
     def statistics_needed(self) -> frozenset[str]:
@@ -270,31 +258,6 @@ class Recipe:
     def statistics_with(self, trait: str) -> list[str]:
         """The statistics that the steps read and that have a trait."""
         return sorted(name for name in self.statistics_needed() if STATISTICS.trait(name, trait, False))
-
-    def experts_per_layer(self, num_experts: int) -> int:
-        """Average number of experts that a layer of `num_experts` keeps.
-
-        `keep`, or with `selection` `keep_experts`, is rounded half up; the result is at least 1.
-        """
-        if self.num_experts is not None:
-            return self.num_experts
-        share = self.keep if self.selection is None else self.keep_experts or 1.0
-        return max(1, math.floor(share * num_experts + 0.5))
-
-    def neurons_per_layer(self, num_experts: int, width: int, num_kept: int) -> int:
-        """Neurons that a layer of `num_experts` experts of `width` keeps when `num_kept` of the experts stay.
-
-        `keep` is rounded half up: to whole neurons of the layer, or in the native layout to a width for each of the
-        experts. That is a multiple of 8 where `width` is one (of the largest power of 2 that divides `width`, below
-        8): grouped kernels take rows of whole 16 bytes only.
-        """
-        if self.selection is None:
-            return num_kept * width
-        share = self.keep * num_experts * width
-        if self.layout == "native":
-            unit = math.gcd(width, ALIGNED_NEURONS)
-            return num_kept * min(width, unit * max(1, math.floor(share / (num_kept * unit) + 0.5)))
-        return min(num_kept * width, max(1, math.floor(share + 0.5)))
 
     @property
     def is_fitted(self) -> bool:

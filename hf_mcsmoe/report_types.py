@@ -29,6 +29,8 @@ class LayerReport:
     widths: list[int]  # neurons of each of the M experts
     refit_error_before: float | None = None  # relative_error without the refit, the refit's own view; None: no refit
     refit_error_after: float | None = None  # with it; it was dropped where this is not less
+    router_error_before: float | None = None  # relative_error with the rows of the dominants; None: no router rule
+    router_error_after: float | None = None  # with the rule's rows; they were dropped where this is not less
     width_before: int | None = None  # neurons of each original expert; None: an older report
     rank: int | None = None  # of the low-rank factors of each matrix; None: dense experts
     sparse_rows: int | None = None  # rows of the sparse parts beside them, of all matrices and experts together

@@ -12,7 +12,10 @@ from .low_rank import num_kept_rows, resolve_rank
 from .modeling.constant_outputs import ConstantOutputs
 from .modeling.experts import slot_axis
 from .modeling.forms import ExpertForm, form_layers
+from .modeling.forms.low_rank_sparse import matrix_sizes
 from .recipe import Recipe
+from .shared_base import SHARED_BASE
+from .shared_budget import base_budget, latent_size
 from .types import MoeLayer
 
 INDEX_BYTES = 8  # of an int64: a slot of the expert map, or the index of a row that a sparse part keeps
@@ -94,8 +97,9 @@ def form_sizes(form: ExpertForm) -> Sizes:
     total = sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
     entries = sum(p.numel() for name, p in form.named_parameters(recurse=False) if not name.endswith("_bias"))
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    flops = 2 * (used * entries // form.num_stored)
-    return Sizes(total, used * total // form.num_stored, total, size, size, flops)
+    shared = sum(form.get_parameter(name).numel() for name in form.shared_names)
+    flops = 2 * (shared + used * (entries - shared) // form.num_stored)
+    return Sizes(total, shared + used * (total - shared) // form.num_stored, total, size, size, flops)
 
 
 def stored_tensors(model: PreTrainedModel) -> list[tuple[set[str], Tensor]]:
@@ -121,18 +125,24 @@ def expert_size(layer: MoeLayer, decomposed_by: Recipe | None = None) -> ExpertS
 
     Args:
         layer: The layer.
-        decomposed_by: A recipe with a decomposition; None for the expert as it is.
+        decomposed_by: A recipe with a decomposition; None for the expert as it is. With a ranked one it is the size
+            of an average expert, and M of them have exactly M times that.
     """
     width, hidden = layer.intermediate_size, layer.hidden_size
     shapes = [(width, hidden)] * (2 if layer.format.has_gate else 1) + [(hidden, width)]
     entries = sum(rows * columns for rows, columns in shapes)
     if decomposed_by is None:
         return ExpertSize(layer.parameters_per_expert, layer.bytes_per_expert, entries)
-    budget = DECOMPOSITION.options(decomposed_by.decomposition) | decomposed_by.decomposition_options
-    kept_rows = [num_kept_rows(budget["keep_rows"], rows) for rows, _ in shapes]
+    if decomposed_by.is_ranked:
+        kept_rows = [0] * len(shapes)
+        ranks = [decomposed_by.mean_rank(layer.num_slots, shape) for shape in shapes]
+    else:
+        budget = DECOMPOSITION.options(decomposed_by.decomposition) | decomposed_by.decomposition_options
+        kept_rows = [num_kept_rows(budget["keep_rows"], rows) for rows, _ in shapes]
+        ranks = [resolve_rank(shape, budget["rank"], budget["parameter_ratio"]) for shape in shapes]
     factors = sum(
-        resolve_rank((rows, columns), budget["rank"], budget["parameter_ratio"]) * (rows + columns) + kept * columns
-        for (rows, columns), kept in zip(shapes, kept_rows, strict=True)
+        rank * (rows + columns) + kept * columns
+        for (rows, columns), rank, kept in zip(shapes, ranks, kept_rows, strict=True)
     )
     element_size = max(layer.expert_parameters.values(), key=Tensor.numel).element_size()
     return ExpertSize(
@@ -140,6 +150,32 @@ def expert_size(layer: MoeLayer, decomposed_by: Recipe | None = None) -> ExpertS
         bytes=layer.bytes_per_expert + (factors - entries) * element_size + sum(kept_rows) * INDEX_BYTES,
         matrix_entries=factors,
     )
+
+
+def shared_sizes(layer: MoeLayer, recipe: Recipe) -> Sizes:
+    """What the N experts of a layer add to the sizes of the model when they share a part, as `shared_base` says.
+
+    Like those of `expert_size`, indices of kept rows are in the bytes only, 8 for each.
+
+    Raises:
+        ValueError: `keep` is too small.
+    """
+    sizes, count, used = matrix_sizes(layer), layer.num_slots, min(layer.top_k, layer.num_slots)
+    if SHARED_BASE.trait(recipe.shared_base, "shares") == "base":
+        options = SHARED_BASE.options(recipe.shared_base) | recipe.shared_base_options
+        budget = base_budget(sizes, count, recipe.keep, options["rows"])
+        shared = sum(outputs * inputs for outputs, inputs in sizes.values())
+        own = sum(budget.rank * (o + i) + budget.num_rows[matrix] * i for matrix, (o, i) in sizes.items())
+        indices = INDEX_BYTES * count * sum(budget.num_rows.values())
+    else:
+        latent = latent_size(sizes, count, recipe.keep)
+        shared, own, indices = 2 * latent * layer.hidden_size, len(sizes) * latent * layer.intermediate_size, 0
+    biases = layer.parameters_per_expert - sum(outputs * inputs for outputs, inputs in sizes.values())
+    element_size = max(layer.expert_parameters.values(), key=Tensor.numel).element_size()
+    parameters = shared + count * (own + biases)
+    size = parameters * element_size + indices
+    active = shared + used * (own + biases)
+    return Sizes(parameters, active, parameters, size, size, 2 * (shared + used * own))
 
 
 def neuron_size(layer: MoeLayer) -> ExpertSize:

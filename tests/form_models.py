@@ -3,14 +3,19 @@
 import torch
 from tiny_models import tiny_model
 
-from hf_mcsmoe.expert_values import LowRankSparse, PackedExperts
+from hf_mcsmoe.expert_values import LowRankSparse, PackedExperts, SharedBase, SharedProjection
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.modeling import merged_class
-from hf_mcsmoe.modeling.install_forms import install_low_rank_sparse, install_ragged
+from hf_mcsmoe.modeling.install_forms import (
+    install_low_rank_sparse,
+    install_ragged,
+    install_ranked_low_rank,
+    install_shared,
+)
 from hf_mcsmoe.types import ExpertWeights
 
 FORMED = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "switch_transformers")
-FORM_NAMES = ("ragged", "low_rank_sparse")
+FORM_NAMES = ("ragged", "low_rank_sparse", "shared_base", "shared_projection", "ranked_low_rank")
 IDS = torch.randint(3, 150, (2, 9), generator=torch.Generator().manual_seed(0))
 RANK = 8
 
@@ -59,6 +64,33 @@ def low_rank_part(weights, generator, rank=RANK):
     return factors
 
 
+def shared_base_part(weights, generator, rank=RANK):
+    """The mean of all experts as a base, and factors with rows of what each one differs by."""
+    bases = {name: t.float().mean(0) for name, t in weights.tensors().items() if not name.endswith("_bias")}
+    differences = {name: getattr(weights, name).float() - base for name, base in bases.items()}
+    return SharedBase(bases, low_rank_part(ExpertWeights(**differences), generator, rank), biases(weights))
+
+
+def shared_projection_part(weights, generator, rank=RANK):
+    """Random projections, and each matrix in their numbers by least squares."""
+    hidden = weights.up.shape[2]
+    inward, outward = (torch.randn(rank, hidden, generator=generator) * hidden**-0.5 for _ in range(2))
+    latent = {
+        name: getattr(weights, name).float() @ inward.pinverse()
+        for name in ("gate", "up")
+        if name in weights.tensors()
+    }
+    latent["down"] = outward.T.pinverse() @ weights.down.float()
+    return SharedProjection(inward, outward.T.contiguous(), latent, biases(weights))
+
+
+def ranked_part(weights):
+    """Factors of each matrix, of rank 3 in the first expert and one more in each next one."""
+    matrices = {name: t for name, t in weights.tensors().items() if not name.endswith("_bias")}
+    none = {name: torch.zeros(t.shape[1], dtype=torch.bool) for name, t in matrices.items()}
+    return {name: [split(m, 3 + e, none[name]) for e, m in enumerate(t)] for name, t in matrices.items()}
+
+
 def biases(weights):
     """The biases of each matrix, where there are any."""
     return {name.removesuffix("_bias"): t for name, t in weights.tensors().items() if name.endswith("_bias")}
@@ -85,6 +117,12 @@ def change_layer(layer, form, num_experts, generator, source=None, **options):
     entry = layout_entry(layer, num_experts, **options)
     if form == "ragged":
         install_ragged(layer, ragged_part(weights, generator), slot_map, entry)
+    elif form == "shared_base":
+        install_shared(layer, shared_base_part(weights, generator), slot_map, entry)
+    elif form == "ranked_low_rank":
+        install_ranked_low_rank(layer, ranked_part(weights), biases(weights), slot_map, entry)
+    elif form == "shared_projection":
+        install_shared(layer, shared_projection_part(weights, generator), slot_map, entry)
     else:
         install_low_rank_sparse(layer, low_rank_part(weights, generator), biases(weights), slot_map, entry)
     return entry

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from hf_mcsmoe import load_calibration
@@ -11,6 +12,8 @@ MODELS = {
     "mixtral": {},  # 8 experts, top-2
     "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True},
 }
+# For parametrize: the larger one only in the slow runs.
+STUDIED = ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
 
 
 @dataclass

@@ -11,6 +11,8 @@ whitened = DECOMPOSITION["whitened_low_rank_sparse"]
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 SHAPE_NAMES = ["tall", "wide", "square"]
 
+KEEPING_ROWS = [name for name in DECOMPOSITION if "keep_rows" in DECOMPOSITION.options(name)]
+
 
 @pytest.fixture
 def generator():
@@ -82,13 +84,13 @@ def test_ties_break_by_index():
 def test_scores_choose_the_rows(matrix):
     scores = torch.zeros(len(matrix))
     scores[4], scores[1] = 2.0, 1.0
-    for name in DECOMPOSITION:
+    for name in KEEPING_ROWS:
         gram = torch.eye(matrix.shape[1])
         result = DECOMPOSITION[name](matrix, gram, scores, rank=2, keep_rows=2 / len(matrix))
         assert result.rows.tolist() == [1, 4]
 
 
-@pytest.mark.parametrize("name", list(DECOMPOSITION))
+@pytest.mark.parametrize("name", KEEPING_ROWS)
 def test_no_rows_are_kept(name, matrix):
     result = DECOMPOSITION[name](matrix, torch.eye(matrix.shape[1]), rank=2, keep_rows=0)
     assert result.sparse.shape == (0, matrix.shape[1]) and result.rows.dtype == torch.int64
@@ -276,7 +278,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-@pytest.mark.parametrize("name", list(DECOMPOSITION))
+@pytest.mark.parametrize("name", KEEPING_ROWS)
 def test_what_cannot_be_is_refused(name, case):
     options, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):

@@ -282,3 +282,15 @@ def test_router_weight_needs_all_rows(compress, tmp_path):
     with pytest.raises(ValueError, match="has 4 in the student and 8 in the teacher"):
         trainer_of(student, tiny_model("qwen3_moe"), "causal", tmp_path, router_weight=0.1)
     trainer_of(student, tiny_model("qwen3_moe"), "causal", tmp_path).train()
+
+
+def test_only_routers_are_trained_where_that_is_asked_for(task, tmp_path):
+    student, teacher = pair(task)
+    before = weights_of(student)
+    router_kd = {"only_routers": True, "task_weight": 0.0, "temperature": 1.0, "weight_decay": 0.1}
+    trainer = trainer_of(student, teacher, task, tmp_path, **router_kd)
+    assert trainer.args.freeze_routers is False
+    trainer.train()
+    of_routers = {id(p) for router in find_routers(student) for p in router.module.parameters()}
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, before[name]) is not (id(parameter) in of_routers)

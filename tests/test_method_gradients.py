@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from slow_moe import MODELS, padded, ragged_rows, slow_layers
+from slow_moe import MODELS, STUDIED, padded, ragged_rows, slow_layers
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,11 +19,12 @@ from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.types import ExpertWeights, LayerStatistics
 
 ROWS = slice(0, 4)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("nemotron_h", "gemma4_text", "granitemoe")]
 NAMES = frozenset({"fisher", "activation_energy", "neuron_gradient_energy"})
 BIG = NAMES | {"gated_activation_energy", "gated_activation_peak"}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=STUDIED)
 def studied(request, original, tokens):
     """(model, rows, layers by the slow reference, d loss / d output of the experts for each of their tokens)."""
     model = original(request.param, **MODELS[request.param], num_hidden_layers=2)
@@ -155,7 +156,7 @@ def test_fisher_merging_by_hand_with_an_order():
     assert plain.up.flatten().tolist() == [3.0, 4.0]
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h", "deepseek_v3", "gemma4_text", "granitemoe"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", *SLOW])
 def test_fisher_merging_of_other_families(original, tokens, prompt, model_type):
     model = original(model_type)
     layer = find_layers(model)[0]

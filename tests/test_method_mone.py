@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import get_peft_model
-from slow_moe import MODELS, SlowLayer, kept_by, padded, ragged_rows, slow_layers
+from slow_moe import MODELS, STUDIED, SlowLayer, kept_by, padded, ragged_rows, slow_layers
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def mean_output(layer, e, power):
     return total / sum(g**power for g, _ in routed)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=STUDIED)
 def studied(request, original, tokens):
     """(model, rows, the same layers by the slow reference)."""
     model = original(request.param, **MODELS[request.param])

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from accelerate import cpu_offload
-from slow_moe import MODELS, padded, ragged_rows, slow_layers
+from slow_moe import MODELS, STUDIED, padded, ragged_rows, slow_layers
 from torch.testing import assert_close
 
 from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe
@@ -42,7 +42,7 @@ def error(layer, kept, output, top_k):
     return total
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=STUDIED)
 def studied(request, original, tokens):
     """(model type, model, rows, the same layers by the slow reference)."""
     model = original(request.param, **MODELS[request.param])

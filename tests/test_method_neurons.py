@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from slow_moe import MODELS, padded, ragged_rows, slow_layers
+from slow_moe import MODELS, STUDIED, padded, ragged_rows, slow_layers
 from torch.testing import assert_close
 
 from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe
@@ -28,7 +28,7 @@ def camera(layer, e, alpha):
     return ((1 - alpha) * total + alpha * peak) * layer.down[e].square().sum(0)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=STUDIED)
 def studied(request, original, tokens):
     """(model, rows, the same layers by the slow reference)."""
     model = original(request.param, **MODELS[request.param])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from slow_moe import MODELS, kept_by, padded, ragged_rows, slow_layers
+from slow_moe import MODELS, STUDIED, kept_by, padded, ragged_rows, slow_layers
 from torch.testing import assert_close
 
 from hf_mcsmoe import MergedSparseMoeConfig, compress_moe
@@ -15,7 +15,10 @@ from hf_mcsmoe.observed import ObservedTokens
 from hf_mcsmoe.partial_loading import load_experts
 from hf_mcsmoe.task_patterns import load_task_patterns, nearest_task, save_task_patterns, task_pattern
 
-FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "granitemoe", "gemma4_text")
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "nemotron_h", "granitemoe", "gemma4_text")
+]
+FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3", *SLOW]
 
 
 def tcess(layer):
@@ -27,7 +30,7 @@ def tcess(layer):
     return scores
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", STUDIED)
 def test_a_pattern_is_the_score_of_the_paper_and_the_preset_keeps_its_best(original, tokens, model_type, layout):
     model, rows = original(model_type, **MODELS[model_type]), ragged_rows(tokens)
     slow, pattern = slow_layers(model, rows), task_pattern(model, rows, batch_size=5)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from all_families import tiny
-from slow_moe import MODELS, kept_by, padded, ragged_rows, slow_layers
+from slow_moe import MODELS, STUDIED, kept_by, padded, ragged_rows, slow_layers
 
 from hf_mcsmoe import MergedSparseMoeConfig, compress_moe
 from hf_mcsmoe.executors.in_memory import collect_statistics
@@ -51,7 +51,7 @@ def easy_ep(layer, e):
 FORMULAS = {"reap": reap, "ean": ean, "man": man, "msan": msan, "easy-ep": easy_ep}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=STUDIED)
 def studied(request, original, tokens):
     """(model, rows, the same layers by the slow reference)."""
     model = original(request.param, **MODELS[request.param])

@@ -64,7 +64,10 @@ REFUSED = {
     "exclude a number": ({"exclude_layers": 0}, r"exclude_layers is 0, it must be a list.*Put one entry into a list"),
     "leaders alone": ({"similarity": None}, r"grouping 'dominant_experts' needs a similarity, got None"),
     "collapse": ({"collapse_duplicates": "always"}, r"collapse_duplicates is 'always', allowed are True, False and"),
-    "decomposition": ({"decomposition": "svd"}, r"Unknown decomposition 'svd'; choose one of \['low_rank_sparse', 'w"),
+    "decomposition": (
+        {"decomposition": "svd"},
+        r"Unknown decomposition 'svd'; choose one of \['importance_ranked', 'low_r",
+    ),
     "native factors": ({**LOW_RANK, "layout": "native"}, r"decomposition needs layout 'mapped', got 'native'"),
     "decomposition option": (
         {**LOW_RANK, "decomposition_options": {"ranks": 8}},

@@ -225,3 +225,12 @@ def test_a_model_that_was_not_compressed_here_recovers_without_a_card(data, fold
     assert "import hf_mcsmoe" not in text
     assert not (tmp_path / "out" / "README.md").exists()
     assert (tmp_path / "out" / "recovery_report.json").is_file()
+
+
+def test_router_distillation_changes_routers_alone(folders, data, tmp_path):
+    words = ["--only-routers", "--task-weight", "0", "--temperature", "1", "--max-steps", "3"]
+    succeed(*recover(folders, data, tmp_path / "out", *words))
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (folders[0], tmp_path / "out"))
+    changed = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert changed == {n for n, _ in after.named_parameters() if n.endswith(".gate.weight")}
+    assert "Routers trained, nothing else." in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

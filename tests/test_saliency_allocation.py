@@ -57,7 +57,10 @@ def test_usage_frequency_counts_selections():
 
 @pytest.mark.parametrize("name", list(SALIENCY))
 def test_every_saliency_is_finite_where_no_expert_was_used(name):
-    sums = {name: torch.zeros(4, dtype=torch.float64) for name in SALIENCY.needs(name) & set(STATISTICS)}
+    shapes = {"chosen_gram": (4, 4)}
+    sums = {
+        one: torch.zeros(shapes.get(one, (4,)), dtype=torch.float64) for one in SALIENCY.needs(name) & set(STATISTICS)
+    }
     score = SALIENCY[name](LayerStatistics(5, torch.zeros(4, dtype=torch.int64), sums), WEIGHTS)
     assert score.shape == (4,) and score.dtype == torch.float64
     assert torch.isfinite(score).all()
@@ -160,6 +163,9 @@ def test_a_budget_that_cannot_be_spent_exactly_is_refused(budget, options, why):
 @pytest.mark.parametrize("name", [name for name in ALLOCATION if not ALLOCATION.asks_for(name)])
 def test_every_allocation_spends_the_budget_exactly(name):
     saliency = frequencies([[5, 5, 0, 0], [1, 2, 3, 4], [1, 1, 1, 1]])
-    allotted = ALLOCATION[name](saliency, [2, 2, 2])
+    sums = {"chosen_gram": torch.eye(4)}
+    of_layer = [LayerStatistics(1, torch.ones(4, dtype=torch.int64), sums)] * 3
+    supply = {"statistics_of_layer": lambda: of_layer}
+    allotted = ALLOCATION.call(name, saliency, [2, 2, 2], options={}, supply=supply)
     assert sum(allotted) == 6
     assert all(1 <= count <= 4 for count in allotted)

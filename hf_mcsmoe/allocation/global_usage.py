@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from . import ALLOCATION
+from .limits import limits
 
 
 @ALLOCATION.register("global_usage")
@@ -35,12 +36,7 @@ def allocate_by_global_usage(
     """
     total = sum(budget_of_layer)
     sizes = [saliency.numel() for saliency in saliency_of_layer]
-    most = [size if max_experts is None else min(size, max_experts) for size in sizes]
-    if min_experts < 1 or not len(sizes) * min_experts <= total <= sum(most) or any(min_experts > m for m in most):
-        raise ValueError(
-            f"A budget of {total} experts over {len(sizes)} layers cannot keep at least min_experts={min_experts} and "
-            f"at most max_experts={max_experts} of {sizes} experts in each. Change keep, min_experts or max_experts."
-        )
+    most = limits(sizes, total, min_experts, max_experts)
     order_of_layer = [saliency.argsort(descending=True, stable=True).tolist() for saliency in saliency_of_layer]
     allotted = [min_experts] * len(sizes)
     candidates = sorted(

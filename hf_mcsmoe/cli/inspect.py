@@ -114,7 +114,7 @@ def stored_form(model: "PreTrainedModel", experts: "ExpertForm") -> StoredExpert
 
     layer, layout, sizes = experts.dense_layer, experts.layout(), form_sizes(experts)
     rank, kept = layout.get("rank"), None
-    if rank is not None:
+    if "num_rows" in layout:
         num_rows = experts.num_stored * sum(outputs for outputs, _ in matrix_sizes(layer).values())
         kept = sum(layout["num_rows"].values()) / num_rows
     neurons = layout.get("num_neurons", experts.num_stored * layer.intermediate_size)
@@ -167,7 +167,7 @@ def describe_group(group: list[StoredExperts]) -> dict[str, Any]:
         "form": first.form,
         "mean_widths": [one.mean_width for one in group],
         "rank": first.rank,
-        "kept_rows": [one.kept_rows for one in group] if first.rank is not None else None,
+        "kept_rows": [one.kept_rows for one in group] if first.kept_rows is not None else None,
     }
 
 
@@ -175,6 +175,8 @@ def shape_of(group: dict[str, Any]) -> str:
     """The sizes of an expert of a group, for people."""
     shape = f"{group['hidden_size']}x{group['intermediate_size']}"
     if group["rank"] is not None:
+        if group["kept_rows"] is None:
+            return f"{shape}, {group['rank']} latent"
         low, high = (f"{100 * extreme(group['kept_rows']):.3g}" for extreme in (min, max))
         return f"{shape}, rank {group['rank']} + {low if low == high else f'{low}-{high}'}% rows"
     if group["form"] != "dense":

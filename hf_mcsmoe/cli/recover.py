@@ -58,6 +58,8 @@ def recover_command(
     --num-train-epochs 2 --distillation-weight 2 --bf16. They change those of --config. Several devices: torchrun
     --nproc-per-node 2 -m hf_mcsmoe recover ...
 
+    Router KD, which trains the routers alone: --only-routers --task-weight 0 --temperature 1 --learning-rate 5e-5.
+
     MC-SMoE in three commands: compress --preset m-smoe, recover, and recover --final-keep-rows 0.1 of what that gave.
 
     Example: hf-mcsmoe recover qwen3-half --teacher Qwen/Qwen3-30B-A3B --data texts.jsonl --output qwen3-half-recovered

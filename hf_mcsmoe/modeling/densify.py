@@ -12,7 +12,7 @@ from .forms import ExpertForm, form_layers
 from .forms.low_rank_sparse import LowRankSparseExperts
 from .offload import add_tensor, execution_device, fetched, remove_tensor
 
-FORM_KEYS = ("form", "num_neurons", "rank", "num_rows")
+FORM_KEYS = ("form", "num_neurons", "rank", "num_rows", "num_ranks")
 
 
 def harden(model: PreTrainedModel) -> None:

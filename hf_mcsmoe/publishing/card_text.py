@@ -156,7 +156,11 @@ def _method(recipe: Recipe) -> list[str]:
         and not (step == "importance" and recipe.merging is None)
     ]
     lines.append(f"Steps: {', '.join(steps)}; layout `{recipe.layout}`.")
-    if recipe.decomposition is not None:
+    if recipe.is_ranked:
+        lines.append(
+            f"Each stored matrix is factors of a low rank, another one for each expert ({recipe.decomposition})."
+        )
+    elif recipe.decomposition is not None:
         options = DECOMPOSITION.options(recipe.decomposition) | recipe.decomposition_options
         size = f"rank {options['rank'] or DEFAULT_RANK}"
         if options["parameter_ratio"] is not None:
@@ -190,6 +194,7 @@ def _recovery(recovery: Mapping[str, Any] | None) -> dict[str, Any] | None:
     ]
     data = recovery["data"]
     routers = "frozen" if arguments["freeze_routers"] else "trained"
+    routers += ", nothing else" if arguments.get("only_routers") else ""
     settings = ", ".join(f"`{name}` {arguments[name]}" for name in SHOWN_ARGUMENTS)
     lines = [
         f"Teacher: `{plain(recovery['teacher'])}`. Routers {routers}. {settings}; {count(recovery['steps'])} steps.",

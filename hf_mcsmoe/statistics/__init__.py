@@ -3,6 +3,7 @@
 Traits of an entry:
     of: What it is a function of. "slots": `ObservedTokens` -> any shape. "expert": `ExpertTokens` -> the row of this
         expert, so the statistic is (N, ...); the experts are run once more on the tokens that were routed to them.
+        "choices": `ChosenOutputs` -> any shape; the same runs, with the experts of one token beside each other.
         "every_expert": `EveryExpert` -> any shape; a bounded sample of tokens goes through all experts.
         "experts": (`RunningExperts`, `ObservedTokens`) -> any shape, for what takes all experts of a token together;
         it runs them by itself.

@@ -19,6 +19,9 @@ class DistillationArguments(TrainingArguments):
     length of the targets: 0.2 there is `0.2 * S / T^2` here for S target tokens a row, e.g. 0.25 for answers of 5
     tokens at T = 2, and 1.0 at 20.
 
+    With `only_routers` nothing but the routers is trained, whatever `freeze_routers` says: with `task_weight=0`,
+    `temperature=1` and `learning_rate=5e-5` that is Router KD (2026, https://arxiv.org/abs/2603.02217).
+
     Raises:
         ValueError: A weight below 0 or not finite, all weights 0, a temperature or chunk that is not positive, or
             label smoothing, in whose place the teacher's distribution is.
@@ -39,6 +42,9 @@ class DistillationArguments(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the KL between the routers' distributions, mean over layers."}
     )
     freeze_routers: bool = field(default=True, metadata={"help": "Do not train the parameters of the routers."})
+    only_routers: bool = field(
+        default=False, metadata={"help": "Train the parameters of the routers and no others (Router KD)."}
+    )
     chunk_tokens: int | None = field(
         default=None,
         metadata={"help": "Tokens whose logits are float32 at a time in the loss; default: as many as make 64 MB."},
@@ -74,4 +80,6 @@ class DistillationArguments(TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but it must be 0 here. "
                 "The teacher's distribution does its work: raise distillation_weight instead."
             )
+        if self.only_routers:
+            self.freeze_routers = False
         super().__post_init__()

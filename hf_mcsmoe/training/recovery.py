@@ -264,7 +264,7 @@ def _report(
     """What was done and measured, ready for JSON; no path of this machine."""
     args, values = trainer.args, dict(run["values"])
     teacher = values.pop("teacher")
-    shown = (*DEFAULTS, "temperature", "task_weight", "distillation_weight", "freeze_routers", "seed")
+    shown = (*DEFAULTS, "temperature", "task_weight", "distillation_weight", "freeze_routers", "only_routers", "seed")
     return {
         "format_version": FORMAT_VERSION,
         "model": public_name(run["model"]),

@@ -72,6 +72,21 @@ def freeze_routers(model: nn.Module) -> int:
     return len(routers)
 
 
+def train_only_routers(model: nn.Module) -> int:
+    """Take all parameters out of training, except for those of the routers; the number of routers.
+
+    Raises:
+        ValueError: There is no router.
+    """
+    routers = find_routers(model)
+    if not routers:
+        raise ValueError(f"only_routers is set, but {type(model).__name__} has no router. Leave it out.")
+    model.requires_grad_(False)
+    for router in routers:
+        router.module.requires_grad_(True)
+    return len(routers)
+
+
 def paired_routers(student: nn.Module, teacher: nn.Module) -> list[tuple[Router, Router]]:
     """The routers of both models, layer by layer.
 

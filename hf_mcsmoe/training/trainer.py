@@ -14,7 +14,7 @@ from .arguments import DistillationArguments
 from .cached_teacher import INDEX, LOG_PROB, CachedTeacher
 from .feature_losses import hidden_state_sums, router_sums
 from .live_teacher import LiveTeacher, model_inputs, open_teacher
-from .routers import freeze_routers, paired_routers, recorded_logits
+from .routers import freeze_routers, paired_routers, recorded_logits, train_only_routers
 from .targets import DistillationCollator, input_weights, targets_of, task_of
 from .token_losses import IGNORED, TopKDistribution, token_losses
 
@@ -51,7 +51,7 @@ class DistillationTrainer(CompressedModelCard, Trainer):
 
     Args:
         model: The student: a compressed model, or one wrapped by PEFT. With `freeze_routers` the parameters of its
-            routers do not require gradients any more, also afterwards.
+            routers do not require gradients any more, also afterwards; with `only_routers` all others do not.
         args: `DistillationArguments`.
         teacher: A model (evaluation mode, moved to the device of the training unless it has a device map), its folder
             or Hub id, a file of `cache_teacher` (which must hold the evaluation data too), or None: that of `args`,
@@ -87,7 +87,9 @@ class DistillationTrainer(CompressedModelCard, Trainer):
         self.teacher = open_teacher(args.teacher if teacher is None else teacher, student, self.task, args)
         self._routers = paired_routers(self.model, self.teacher.model) if args.router_weight > 0 else []
         self._encoder_modules = set(student.get_encoder().modules()) if self.task == "seq2seq" else set()
-        if args.freeze_routers:
+        if args.only_routers:
+            train_only_routers(self.model)
+        elif args.freeze_routers:
             freeze_routers(self.model)
         is_cached = isinstance(self.teacher, CachedTeacher)
         add_teacher = self.teacher.add_to if is_cached else None

@@ -53,6 +53,11 @@ class ExpertForm:
         """What the layer's entry in the layout says about this form: all that `build` needs."""
         raise NotImplementedError
 
+    @property
+    def shared_names(self) -> tuple[str, ...]:
+        """Parameters that all experts share: a token uses them once, however many experts it has."""
+        return ()
+
     def densify(self) -> ExpertWeights:
         """The experts as dense matrices of one width: the same function up to rounding."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Implementations of a low rank plus kept rows: y = left (right x) + scatter(S_kept x) for all experts."""
+"""Products with a low rank plus kept rows of many experts at once: y = left (right x) + scatter(S_kept x)."""
 
 import itertools
 from typing import Any
@@ -7,94 +7,37 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import _grouped_linear
 
-from .routed_rows import add_by_expert, run_by_slot, run_sorted, sort_rows
-
-ALIGNMENT = 16  # bytes that rows of the operands of grouped kernels are a multiple of
+from .stack_products import ALIGNMENT
 
 
-def eager(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Expert by expert, each adding to the output in turn."""
-    return add_by_expert(module.run_expert, hidden_states, sort_rows(index, weights, module.num_stored))
+def grouped_product(module: Any, matrix: str, inputs: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+    """Products of sorted rows with the factors, and with the kept rows filled up to the most that an expert has.
 
-
-def grouped(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """All experts on rows sorted by expert, then one sum over each token's choices.
-
-    On the CPU, where grouped kernels are loops too, and for a rank that they cannot take (rows of a factor that are
-    no multiple of 16 bytes), experts run one after another: `sliced`; else `stacked`.
+    The filled stack of rows is made anew in every call: where experts keep different numbers of rows it costs a copy
+    of the largest number for each.
     """
-    row_bytes = module.up_right.shape[1] * module.up_right.element_size()
-    if hidden_states.device.type == "cpu" or row_bytes % ALIGNMENT:
-        return sliced(module, hidden_states, index, weights)
-    return stacked(module, hidden_states, index, weights)
+    left, right, bias = factors(module, matrix)
+    product = _grouped_linear(_grouped_linear(inputs, right, ends), left, ends)
+    product = product if bias is None else product + bias[experts]
+    rows = filled_rows(module, matrix)
+    if rows is None:
+        return product
+    index_of_row, sparse = rows
+    added = _grouped_linear(inputs, sparse, ends)
+    return product.scatter_add(1, index_of_row[experts], added.to(product.dtype))
 
 
-def sliced(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Expert by expert on slices of sorted rows, after one synchronisation for their sizes."""
-    return run_sorted(module.run_expert, hidden_states, sort_rows(index, weights, module.num_stored))
-
-
-def stacked(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Grouped products with the stacks of factors, and with the kept rows filled up to the most that an expert has.
-
-    The host waits for nothing. The filled stack of rows is made anew in every call: where experts keep different
-    numbers of rows it costs a copy of the largest number for each.
-    """
-    num_experts = module.num_stored
-    experts, place = index.T.flatten().sort(stable=True)
-    bounds = torch.arange(num_experts, device=experts.device)
-    ends = torch.searchsorted(experts, bounds, right=True).to(torch.int32)
-    # Kernels leave the rows past the last end, those that are skipped, as they find them.
-    is_skipped = (experts >= num_experts)[:, None]
-    experts = experts.clamp(max=num_experts - 1)
-
-    def project(matrix: str, inputs: Tensor) -> Tensor:
-        left, right, bias = factors(module, matrix)
-        product = _grouped_linear(_grouped_linear(inputs, right, ends), left, ends)
-        product = product if bias is None else product + bias[experts]
-        rows = filled_rows(module, matrix)
-        if rows is not None:
-            index_of_row, sparse = rows
-            added = _grouped_linear(inputs, sparse, ends)
-            product = product.scatter_add(1, index_of_row[experts], added.to(product.dtype))
-        return product.masked_fill(is_skipped, 0)
-
-    inputs = hidden_states[place % len(index)].masked_fill(is_skipped, 0)
-    outputs = run(module, project, inputs) * weights.T.flatten()[place, None]
-    by_place = torch.empty_like(outputs).index_copy(0, place, outputs)
-    return by_place.view(-1, *hidden_states.shape).sum(0).to(hidden_states.dtype)
-
-
-def batched(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Each routed slot with its own factors and rows: for few tokens. On the CPU slices of them, without copies."""
-    function = sliced if hidden_states.device.type == "cpu" else gathered
-    return function(module, hidden_states, index, weights)
-
-
-def gathered(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Each routed slot with a copy of its factors and of its rows, filled up to the most that an expert has."""
-
-    def run_rows(inputs: Tensor, experts: Tensor) -> Tensor:
-        def project(matrix: str, inputs: Tensor) -> Tensor:
-            left, right, bias = factors(module, matrix)
-            product = (left[experts] @ (right[experts] @ inputs[:, :, None]))[:, :, 0]
-            product = product if bias is None else product + bias[experts]
-            rows = filled_rows(module, matrix)
-            if rows is None:
-                return product
-            index_of_row, sparse = rows
-            added = (sparse[experts] @ inputs[:, :, None])[:, :, 0]
-            return product.scatter_add(1, index_of_row[experts], added.to(product.dtype))
-
-        return run(module, project, inputs)
-
-    return run_by_slot(run_rows, hidden_states, index, weights, module.num_stored)
-
-
-def run(module: Any, project: Any, inputs: Tensor) -> Tensor:
-    """An expert's function with `project` (matrix name, inputs) -> products."""
-    gate = project("gate", inputs) if hasattr(module, "gate_left") else None
-    return module.finish(project("down", module.expert_activation(project("up", inputs), gate)))
+def gathered_product(module: Any, matrix: str, inputs: Tensor, experts: Tensor) -> Tensor:
+    """Products of rows that each have a copy of their factors, and of kept rows filled up like that."""
+    left, right, bias = factors(module, matrix)
+    product = (left[experts] @ (right[experts] @ inputs[:, :, None]))[:, :, 0]
+    product = product if bias is None else product + bias[experts]
+    rows = filled_rows(module, matrix)
+    if rows is None:
+        return product
+    index_of_row, sparse = rows
+    added = (sparse[experts] @ inputs[:, :, None])[:, :, 0]
+    return product.scatter_add(1, index_of_row[experts], added.to(product.dtype))
 
 
 def factors(module: Any, matrix: str) -> tuple[Tensor, Tensor, Tensor | None]:

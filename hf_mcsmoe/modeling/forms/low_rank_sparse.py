@@ -10,8 +10,9 @@ from torch.nn.functional import linear
 
 from ...expert_values import LowRankSparse
 from ...types import ExpertWeights, MoeLayer
-from .base import FORMS, ExpertForm, become, empty_parameters
-from .low_rank_products import batched, eager, grouped
+from .base import FORMS, become, empty_parameters
+from .low_rank_products import gathered_product, grouped_product
+from .stack_products import Project, StackedExperts, batched, eager, grouped
 
 MATRICES = ("gate", "up", "down")
 
@@ -26,7 +27,7 @@ class SparsePart:
 
 
 @FORMS.register("low_rank_sparse")
-class LowRankSparseExperts(ExpertForm):
+class LowRankSparseExperts(StackedExperts):
     """Experts with each matrix W (O, I) as left (O, r) @ right (r, I) + S, of which K rows are kept in all experts.
 
     For each matrix m of gate, up and down that the family has: parameters `{m}_left` (M, O, r), `{m}_right`
@@ -43,6 +44,14 @@ class LowRankSparseExperts(ExpertForm):
     @classmethod
     def build(cls, layer: MoeLayer, layout: dict[str, Any]) -> None:
         """Empty experts with the `rank` and `num_rows` of the layout; see `ExpertForm.build`."""
+        shapes, buffers = cls.tensors_of(layer, layout)
+        become(layer, cls, empty_parameters(shapes, layer), buffers)
+
+    @classmethod
+    def tensors_of(
+        cls, layer: MoeLayer, layout: dict[str, Any]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+        """Shapes of the parameters, and the buffers, that a layout means."""
         num_experts, rank = layout["num_experts"], layout["rank"]
         sizes = matrix_sizes(layer)
         shapes, buffers = {}, {}
@@ -58,7 +67,7 @@ class LowRankSparseExperts(ExpertForm):
             buffers[f"{matrix}_row_offsets"] = torch.tensor(offsets)
             counts = [end - start for start, end in itertools.pairwise(offsets)]
             buffers[f"{matrix}_rows"] = torch.cat([torch.arange(count) for count in counts])
-        become(layer, cls, empty_parameters(shapes, layer), buffers)
+        return shapes, buffers
 
     @classmethod
     def install(
@@ -69,6 +78,14 @@ class LowRankSparseExperts(ExpertForm):
         Returns:
             What the layer's entry in the layout says about them.
         """
+        become(layer, cls, *cls.pack(factors, biases))
+        return layer.experts.layout()
+
+    @staticmethod
+    def pack(
+        factors: dict[str, list[LowRankSparse]], biases: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parameters and the buffers of decomposed experts."""
         parameters, buffers = {}, {}
         for matrix, of_expert in factors.items():
             kept = torch.tensor([0, *(one.rows.numel() for one in of_expert)])
@@ -78,8 +95,7 @@ class LowRankSparseExperts(ExpertForm):
             buffers[f"{matrix}_rows"] = torch.cat([one.rows for one in of_expert])
             buffers[f"{matrix}_row_offsets"] = kept.cumsum(0)
         parameters |= {f"{matrix}_bias": bias for matrix, bias in biases.items()}
-        become(layer, cls, parameters, buffers)
-        return layer.experts.layout()
+        return parameters, buffers
 
     @property
     def num_stored(self) -> int:
@@ -138,11 +154,23 @@ class LowRankSparseExperts(ExpertForm):
         names = [f"{matrix}_bias" for matrix in self.matrices]
         return ExpertWeights(**fields, **{name: getattr(self, name) for name in names if hasattr(self, name)})
 
-    def run_expert(self, expert: int, inputs: Tensor) -> Tensor:
-        """Output (S, D) of one expert for inputs (S, D)."""
-        up = self.project("up", expert, inputs)
-        gate = self.project("gate", expert, inputs) if hasattr(self, "gate_left") else None
-        return self.finish(self.project("down", expert, self.expert_activation(up, gate)))
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of `left`."""
+        return self.up_left.shape[2] * self.up_left.element_size()
+
+    def run_with(self, project: Project, inputs: Tensor) -> Tensor:
+        """Outputs (S, D) for inputs (S, D)."""
+        gate = project("gate", inputs) if hasattr(self, "gate_left") else None
+        return self.finish(project("down", self.expert_activation(project("up", inputs), gate)))
+
+    def grouped_project(self, matrix: str, inputs: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+        """See `StackedExperts`."""
+        return grouped_product(self, matrix, inputs, expert, ends)
+
+    def gathered_project(self, matrix: str, inputs: Tensor, expert: Tensor) -> Tensor:
+        """See `StackedExperts`."""
+        return gathered_product(self, matrix, inputs, expert)
 
     def project(self, matrix: str, expert: int, inputs: Tensor) -> Tensor:
         """Inputs (S, I) times one matrix of one expert, with its bias. (S, O)."""

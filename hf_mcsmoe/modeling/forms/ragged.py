@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ...expert_values import PackedExperts
-from ...recipe import ALIGNED_NEURONS
+from ...layer_budget import ALIGNED_NEURONS
 from ...types import ExpertWeights, MoeLayer
 from .base import FORMS, ExpertForm, become, empty_parameters
 from .routed_rows import add_by_expert, run_by_slot, run_sorted, sort_rows
@@ -112,7 +112,8 @@ class RaggedExperts(ExpertForm):
 
 def eager(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Expert by expert, each adding to the output in turn."""
-    return add_by_expert(module.run_expert, hidden_states, sort_rows(index, weights, module.num_stored))
+    rows = sort_rows(index, weights, module.num_stored)
+    return add_by_expert(module.run_expert, hidden_states, rows, hidden_states.shape[1])
 
 
 def grouped(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -121,7 +122,8 @@ def grouped(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights
     There is no grouped kernel for groups that differ in rows and in columns, so experts run one after another on
     every device, after one synchronisation for the number of rows of each.
     """
-    return run_sorted(module.run_expert, hidden_states, sort_rows(index, weights, module.num_stored))
+    rows = sort_rows(index, weights, module.num_stored)
+    return run_sorted(module.run_expert, hidden_states, rows, hidden_states.shape[1])
 
 
 def batched(module: RaggedExperts, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:

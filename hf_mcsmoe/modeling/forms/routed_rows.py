@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -41,51 +40,53 @@ def sort_rows(index: Tensor, weights: Tensor, num_experts: int) -> RoutedRows:
     return RoutedRows(place, place % len(index), weights.T.flatten()[place], counts)
 
 
-def add_by_expert(run_expert: Callable[[int, Tensor], Tensor], hidden_states: Tensor, rows: RoutedRows) -> Tensor:
+def add_by_expert(run_expert: Callable[[int, Tensor], Tensor], inputs: Tensor, rows: RoutedRows, width: int) -> Tensor:
     """Run each expert on its tokens and add its weighted output at once: the eager implementation.
 
     Args:
-        run_expert: (expert, inputs (S_e, D)) -> outputs (S_e, D).
-        hidden_states: (T, D).
+        run_expert: (expert, inputs (S_e, F)) -> outputs (S_e, width).
+        inputs: Of all tokens, (T, F).
         rows: From `sort_rows`.
+        width: Of the outputs.
 
     Returns:
-        (T, D) in the dtype of the hidden states, summed in it, experts in ascending order.
+        (T, width) in the dtype of the inputs, summed in it, experts in ascending order.
     """
-    output = torch.zeros_like(hidden_states)
+    output = inputs.new_zeros(len(inputs), width)
     for expert, part in rows.of_experts():
         token = rows.token[part]
-        weighted = run_expert(expert, hidden_states[token]) * rows.weight[part, None]
+        weighted = run_expert(expert, inputs[token]) * rows.weight[part, None]
         output.index_add_(0, token, weighted.to(output.dtype))
     return output
 
 
-def run_sorted(run_expert: Callable[[int, Tensor], Tensor], hidden_states: Tensor, rows: RoutedRows) -> Tensor:
+def run_sorted(run_expert: Callable[[int, Tensor], Tensor], inputs: Tensor, rows: RoutedRows, width: int) -> Tensor:
     """Run each expert on its slice of sorted rows, then sum over each token's choices.
 
     Args:
-        run_expert: (expert, inputs (S_e, D)) -> outputs (S_e, D).
-        hidden_states: (T, D).
+        run_expert: (expert, inputs (S_e, F)) -> outputs (S_e, width).
+        inputs: Of all tokens, (T, F).
         rows: From `sort_rows`.
+        width: Of the outputs.
 
     Returns:
-        (T, D) in the dtype of the hidden states, summed choice after choice in the dtype of the weighted outputs.
+        (T, width) in the dtype of the inputs, summed choice after choice in the dtype of the weighted outputs.
         Deterministic: no place is written twice.
     """
     by_place = None
     for expert, part in rows.of_experts():
-        weighted = run_expert(expert, hidden_states[rows.token[part]]) * rows.weight[part, None]
+        weighted = run_expert(expert, inputs[rows.token[part]]) * rows.weight[part, None]
         if by_place is None:
-            by_place = weighted.new_zeros(len(rows.place), weighted.shape[1])
+            by_place = weighted.new_zeros(len(rows.place), width)
         by_place.index_add_(0, rows.place[part], weighted)
     if by_place is None:  # all slots are skipped
-        return torch.zeros_like(hidden_states)
-    return by_place.view(-1, *hidden_states.shape).sum(0).to(hidden_states.dtype)
+        return inputs.new_zeros(len(inputs), width)
+    return by_place.view(-1, len(inputs), width).sum(0).to(inputs.dtype)
 
 
 def run_by_slot(
     run_rows: Callable[[Tensor, Tensor], Tensor],
-    hidden_states: Tensor,
+    inputs: Tensor,
     index: Tensor,
     weights: Tensor,
     num_experts: int,
@@ -93,17 +94,17 @@ def run_by_slot(
     """Run each routed slot with matrices gathered for it: the batched implementation, without a synchronisation.
 
     Args:
-        run_rows: (inputs (S, D), expert of each (S,) in [0, M)) -> outputs (S, D).
-        hidden_states: (T, D).
+        run_rows: (inputs (S, F), expert of each (S,) in [0, M)) -> outputs (S, width).
+        inputs: Of all tokens, (T, F).
         index: (T, k) int64 in [0, M]; slots of M, whose weight is 0, are computed for expert M - 1.
         weights: (T, k).
         num_experts: M.
 
     Returns:
-        (T, D) in the dtype of the hidden states, summed choice after choice in the dtype of the weighted outputs.
+        (T, width) in the dtype of the inputs, summed choice after choice in the dtype of the weighted outputs.
     """
     top_k = index.shape[1]
     flat = index.flatten()
-    outputs = run_rows(hidden_states.repeat_interleave(top_k, dim=0), flat.clamp(max=num_experts - 1))
+    outputs = run_rows(inputs.repeat_interleave(top_k, dim=0), flat.clamp(max=num_experts - 1))
     weighted = outputs * weights.flatten()[:, None]
-    return weighted.view(len(index), top_k, -1).sum(1).to(hidden_states.dtype)
+    return weighted.view(len(index), top_k, -1).sum(1).to(inputs.dtype)
