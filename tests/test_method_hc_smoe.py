@@ -15,7 +15,6 @@ from method_models import (
 )
 
 from hf_mcsmoe import Recipe, calibrate_moe, compress_moe
-from hf_mcsmoe.accumulator import StatisticsAccumulator
 from hf_mcsmoe.agglomerative import LINKAGES, cluster_by_distance
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.executors.in_memory import collect_statistics
@@ -191,7 +190,6 @@ def test_the_sample_of_tokens_is_bounded(tokens):
     how = {"progress": False, "every_expert_tokens": 30}
     found, _ = collect_statistics(model, find_layers(model), data, frozenset({"every_expert_count"}), **how)
     assert [one["every_expert_count"].item() for one in found.values()] == [30, 30]
-    assert StatisticsAccumulator(8, frozenset({"every_expert_count"})).runs_experts
 
 
 def test_statistics_of_one_run_serve_the_methods_of_every_expert_at_any_ratio(tokens, tmp_path):
