@@ -65,7 +65,15 @@ def merge_layer(
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
         for name, rows in layer.passive_expert_rows.items():
             new[name] = torch.cat([new[name], rows.detach()])
-    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, similarity, importance)
+    return MergedLayer(
+        groups, ROUTING[recipe.layout](groups), new, similarity, importance, transfer_of(weights, groups, recipe)
+    )
+
+
+def transfer_of(weights: ExpertWeights, groups: ExpertGroups, recipe: Recipe) -> Tensor | None:
+    """Which share of each expert went into each group, (N, M), where a router rule may ask and the merge says it."""
+    shares = MERGING.trait(recipe.merging, "transfer") if recipe.router and recipe.merging else None
+    return shares and shares(weights, groups, MERGING.options(recipe.merging) | recipe.merging_options)
 
 
 def group_experts(
