@@ -89,8 +89,8 @@ PRESETS = {
         paper="Dropping Experts, Recombining Neurons: Retraining-Free Pruning for Sparse Mixture-of-Experts LLMs "
         "(Zhou et al., 2025)",
         url="https://arxiv.org/abs/2509.10377",
-        notes="Follows a third party's implementation; threshold and norm equalisation are our reading. The router "
-        "keeps the rows of the experts that stay: rows that move with the segments are a router rule.",
+        notes="Follows a third party's implementation; threshold and norm equalisation are our reading. Router rows "
+        "move with the segments where that lowers the error on held-out tokens.",
         recipe={
             "layout": "native",
             "allocation": "uniform",
@@ -98,6 +98,7 @@ PRESETS = {
             "grouping": "drop",
             "alignment": None,
             "merging": "recombined_segments",
+            "router": "proportional_transfer",
         },
     ),
 }
