@@ -56,6 +56,15 @@ def test_the_calibration_data_runs_once_for_all_methods(original, tokens, judged
     assert len(forwards) == 1 + 1 + 3  # one for the budget, one a layer
 
 
+def test_methods_that_read_gradients_and_those_that_keep_tokens_share_a_run(original, compress, tokens, judged):
+    recipes = recipes_to_compare(["heapr", "joint-obs"], [0.5])
+    results = compare_methods(original("qwen3_moe"), recipes, load_calibration(tokens), judged, progress=False)
+    for result in results:
+        alone = compress("qwen3_moe", preset=result.method)
+        losses = evaluate_model(alone, judged, progress=False).overall.loss, result.evaluation["overall"]["loss"]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6), result.method
+
+
 def test_what_a_model_cannot_have_is_skipped_with_the_reason(original, tokens, judged):
     recipes = recipes_to_compare(["reap", "m-smoe"], [0.5, 0.125])
     results = compare_methods(original("qwen3_moe"), recipes, load_calibration(tokens), judged, progress=False)

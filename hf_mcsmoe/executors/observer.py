@@ -125,6 +125,7 @@ class LayerObserver:
                 self.accumulator.update_after_backward(with_gradients, self.layer)
         self._waiting = []
 
+    @torch.no_grad()  # a graph in here would not be the same when a checkpointed layer runs again
     def _record(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
         if self.is_deaf:
             return
