@@ -73,7 +73,7 @@ class Registry:
     def trait(self, name: str, trait: str, default: Any = None) -> Any:
         """A trait of the function `name`; `default` where its decorator did not say."""
         self[name]
-        return self._traits[name].get(trait, default)
+        return self._traits.get(name, {}).get(trait, default)
 
     def asks_for(self, name: str) -> frozenset[str]:
         """What the function `name` asks the pipeline for beside its fixed arguments."""

@@ -27,6 +27,7 @@ def test_the_quickstart_halves_the_experts_and_writes_on(tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_operator_from_outside_of_the_package_merges_and_is_measured():
     lines = run(str(EXAMPLES / "your_own_merging_operator.py")).splitlines()
     losses = {line.split(":")[0]: [float(word) for word in line.split() if word[0].isdigit()] for line in lines}
@@ -35,6 +36,7 @@ def test_an_operator_from_outside_of_the_package_merges_and_is_measured():
         assert 2 < before < 4 and before < after  # a trained model, made worse by merging
 
 
+@pytest.mark.slow
 def test_a_report_is_read():
     lines = run(str(EXAMPLES / "reading_a_report.py")).splitlines()
     assert "5,655,296 -> 3,296,000 bytes (58.3%)" in lines

@@ -30,7 +30,7 @@ def compress(key, folder, **recipe):
     return folder
 
 
-@pytest.mark.parametrize("key", FAMILIES)
+@pytest.mark.parametrize("key", [*FAMILIES[:4], *(pytest.param(key, marks=pytest.mark.slow) for key in FAMILIES[4:])])
 def test_cut_routers_give_what_the_native_layout_gives(key, tmp_path):
     native = compress(key, tmp_path / "native", layout="native")
     mapped = compress(key, tmp_path / "mapped", allocation="uniform")
