@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -127,3 +128,25 @@ def test_the_benchmarks_run(script, tmp_path):
         "collapse_duplicates.py": ["--tokens", "64", "--hidden", "32", "--width", "32", "--repeats", "1"],
     }
     assert "|" in run(str(EXAMPLES / "benchmarks" / script), *arguments[script]) or script == "calibration_cost.py"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_all_methods_goes_on_where_it_was(tmp_path):
+    assets = EXAMPLES.parent / "hf_mcsmoe" / "assets"
+    files = ["--calibration", str(assets / "calibration.jsonl"), "--data", str(assets / "evaluation.jsonl")]
+    limits = ["--rows", "4", "--evaluation-rows", "2", "--keep", "0.5", "--seeds", "0,1", "--output", str(tmp_path)]
+    command = [str(EXAMPLES / "benchmarks" / "methods.py"), "--model", str(assets / "tiny-qwen3-moe"), *files, *limits]
+    run(*command, "--methods", "reap", "--alone")
+    first = json.loads((tmp_path / "methods.json").read_text())
+    assert [(row["layout"], row["seed"]) for row in first["compared"]] == [
+        ("mapped", 0),
+        ("native", 0),
+        ("mapped", 1),
+        ("native", 1),
+    ]
+    assert first["alone"][0]["seconds"] > 0
+    run(*command, "--methods", "reap,frequency")
+    both = json.loads((tmp_path / "methods.json").read_text())
+    assert both["compared"][:4] == first["compared"] and len(both["compared"]) == 8
+    table = (tmp_path / "methods.md").read_text()
+    assert table.count("| `reap` |") == 3 and "seeds [0, 1]" in table and (tmp_path / "methods.png").is_file()
