@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .auto_candidates import AUTO
+from .baseline_logits import BaselineLogits
 from .calibration import Calibration
 from .evaluation import Evaluation, evaluate_model
 from .executors.in_memory import Collected
@@ -121,10 +122,10 @@ def compare_methods(
     if any(has_offloaded_params(module) for module in model.modules()):
         raise ValueError("Weights of the model are offloaded, but recipes are tried on copies. Load it in memory.")
     shared = shared_collection(model, recipes, calibration, progress)
-    results = []
+    results, baseline = [], BaselineLogits(model)
     for recipe in tqdm(recipes, "comparing", unit="recipe", disable=not progress):
         collected = shared if shared is not None and serves(shared_wanted(recipes), recipe) else None
-        results.append(compare_one(model, recipe, calibration, evaluation, collected))
+        results.append(compare_one(baseline, recipe, calibration, evaluation, collected))
         gc.collect()  # modules refer to each other; a copy would stay in memory until the next collection
         if report is not None:
             report(results[-1])
@@ -161,13 +162,14 @@ def shared_collection(
 
 
 def compare_one(
-    model: PreTrainedModel,
+    baseline: BaselineLogits,
     recipe: Recipe,
     data: Calibration,
     evaluation: Mapping[str, Calibration],
     collected: Mapping[str, Collected] | None,
 ) -> ComparedResult:
-    """Compress a copy of the model and evaluate it; what the model or the statistics rule out is said in `skipped`."""
+    """Compress a copy of the baseline and judge it; what the model or the statistics rule out is said in `skipped`."""
+    model = baseline.model
     what = {"method": recipe.preset, "layout": recipe.layout, "keep": recipe.keep, "recipe": recipe.to_dict()}
     start = time.perf_counter()
     try:
@@ -176,7 +178,7 @@ def compare_one(
         compressed = copy.deepcopy(model)
         report = compress_in_memory(compressed, recipe, data, progress=False, start=start, collected=collected)
         seconds = time.perf_counter() - start
-        scores: Evaluation = evaluate_model(compressed, evaluation, baseline=model, progress=False)
+        scores: Evaluation = evaluate_model(compressed, evaluation, baseline=baseline, progress=False)
     except ValueError as error:
         return ComparedResult(**what, skipped=str(error))
     errors = [layer.relative_error for layer in report.layers if layer.relative_error is not None]

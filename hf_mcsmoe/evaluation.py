@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .baseline_logits import BaselineLogits
 from .calibration import Calibration, CalibrationBatch
 from .evaluation_data import load_evaluation_data
 from .evaluation_intervals import Interval
@@ -40,7 +41,7 @@ def evaluate_model(
     model: PreTrainedModel,
     data_by_domain: Mapping[str, Calibration],
     *,
-    baseline: "PreTrainedModel | BaselineCache | None" = None,
+    baseline: "PreTrainedModel | BaselineLogits | BaselineCache | None" = None,
     batch_size: int | None = None,
     chunk_tokens: int | None = None,
     progress: bool = True,
@@ -54,8 +55,9 @@ def evaluate_model(
     Args:
         model: A causal language model on any device or device map.
         data_by_domain: Batches by name of the domain, see `load_evaluation_data`.
-        baseline: The model to compare with, usually the uncompressed one; same vocabulary, any device. Or what it
-            predicts, computed before by `evaluation_baseline.write_baseline_cache`: then the KL is over its k
+        baseline: The model to compare with, usually the uncompressed one; same vocabulary, any device. As
+            `BaselineLogits` it runs once for many calls. Or what it predicts,
+            computed before by `evaluation_baseline.write_baseline_cache`: then the KL is over its k
             likeliest tokens and all others as one outcome. That is at most the KL over the vocabulary, because
             taking outcomes together never raises a divergence; all other scores are the same.
         batch_size: Most rows in one forward pass; None takes the batches as they are.
@@ -72,7 +74,8 @@ def evaluate_model(
         ValueError: No domain, a domain without a token to predict, different vocabularies, a loss that is not
             finite, or a batch that cannot be split.
     """
-    models = [model, baseline] if isinstance(baseline, nn.Module) else [model]
+    original = baseline.model if isinstance(baseline, BaselineLogits) else baseline
+    models = [model, original] if isinstance(original, nn.Module) else [model]
     _check_input(models, data_by_domain, batch_size=batch_size, chunk_tokens=chunk_tokens)
     total = sum(len(data.batches) for data in data_by_domain.values())
     rows_by_domain = {}
@@ -88,7 +91,7 @@ def evaluate_model(
                 bar.update()
             rows_by_domain[name] = torch.cat(rows, dim=1)
     sources = {name: data.source for name, data in data_by_domain.items()}
-    return Evaluation(*scores_of(rows_by_domain), sources, _name(baseline), getattr(baseline, "top_k", None))
+    return Evaluation(*scores_of(rows_by_domain), sources, _name(original), getattr(baseline, "top_k", None))
 
 
 def _name(baseline: Any) -> str | None:
@@ -143,7 +146,7 @@ def _split(batch: CalibrationBatch, batch_size: int | None) -> Iterator[Calibrat
 
 def _score_batch(
     model: PreTrainedModel,
-    baseline: "PreTrainedModel | BaselineCache | None",
+    baseline: "PreTrainedModel | BaselineLogits | BaselineCache | None",
     batch: CalibrationBatch,
     chunk_tokens: int | None,
 ) -> Tensor:
@@ -183,6 +186,12 @@ def _reference(
     """What the baseline predicts: its logits (B S, V), or `CachedTokens` of the chosen ones; and its V."""
     if baseline is None:
         return None, None
+    if isinstance(baseline, BaselineLogits):
+        logits = baseline.kept(batch)
+        if logits is None:
+            logits = _logits(baseline.model, batch)
+            baseline.keep(batch, logits)
+        return logits, logits.shape[-1]
     if isinstance(baseline, nn.Module):
         logits = _logits(baseline, batch)
         return logits, logits.shape[-1]

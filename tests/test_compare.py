@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_mcsmoe import load_calibration
+from hf_mcsmoe.baseline_logits import BaselineLogits
 from hf_mcsmoe.cli import app
 from hf_mcsmoe.compare import compare_methods, recipes_to_compare
 from hf_mcsmoe.compare_tables import comparison_table, plot_comparison
@@ -133,3 +134,17 @@ def test_the_command_writes_its_files_and_goes_on_where_it_was(checkpoint, token
     assert [(x["method"], x["seconds"] == -1.0) for x in after] == [("reap", True), ("m-smoe", False)]
     other = CliRunner().invoke(app, [*command, "--seed", "1"])
     assert other.exit_code == 2
+
+
+def test_the_original_predicts_each_text_once_for_all_methods(original, compress, judged):
+    model, compressed = original("qwen3_moe"), compress("qwen3_moe", preset="reap", keep=0.5)
+    size = sum(model(**batch.inputs).logits.nbytes for batch in judged["first"].batches)
+    for memory, expected in ((0, 2), (size, 1)):  # without room, and with room for the first domain only
+        runs = []
+        hook = model.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        baseline = BaselineLogits(model, memory)
+        first, again = (evaluate_model(compressed, judged, baseline=baseline, progress=False) for _ in range(2))
+        hook.remove()
+        once, every_time = len(judged["first"].batches), len(judged["second"].batches)
+        assert len(runs) == expected * once + 2 * every_time
+        assert first == again == evaluate_model(compressed, judged, baseline=model, progress=False)
