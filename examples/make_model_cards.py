@@ -22,8 +22,8 @@ from huggingface_hub import ModelCard
 import hf_mcsmoe
 from hf_mcsmoe import compress_moe
 from hf_mcsmoe.evaluation import load_evaluation_data
-from hf_mcsmoe.evaluation_generation import PROMPT_TOKENS, prompts_from_rows
-from hf_mcsmoe.evaluation_run import Extras, beside, evaluate_whole
+from hf_mcsmoe.evaluation.generation import PROMPT_TOKENS, prompts_from_rows
+from hf_mcsmoe.evaluation.run import Extras, beside, evaluate_whole
 from hf_mcsmoe.loading import load_model, load_tokenizer
 from hf_mcsmoe.local_paths import without_paths
 from hf_mcsmoe.publishing import model_card, write_report

@@ -13,11 +13,11 @@ from .checkpoint import check_output_folder, replacing
 from .compress import as_recipe, check_model
 from .config import MergedSparseMoeConfig
 from .executors.kept_inputs import collect_first, visits
+from .executors.wanted import wanted_by_all
 from .families import find_layers, reading_part, tied_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .recipe import Recipe
 from .saved_statistics import SavedStatistics, fingerprint_of, write_header, write_layer
-from .wanted import wanted_by_all
 
 
 def calibrate_moe(

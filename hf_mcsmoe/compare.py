@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .auto_candidates import AUTO
-from .baseline_logits import BaselineLogits
 from .calibration import Calibration
 from .evaluation import Evaluation, evaluate_model
+from .evaluation.baseline_logits import BaselineLogits
 from .executors.in_memory import Collected
 from .executors.kept_inputs import collect_first, fits_at_once
+from .executors.wanted import Wanted, wanted_by, wanted_by_all
 from .families import find_layers, tied_layers
 from .layouts import check_layout
 from .method_table import layouts_of
@@ -24,7 +25,6 @@ from .pipeline import compress_in_memory
 from .planning import plan
 from .recipe import Recipe
 from .recipe_reading import recipe_from_preset
-from .wanted import Wanted, wanted_by, wanted_by_all
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from .calibration import load_calibration
 from .decomposition import DECOMPOSITION
 from .executors.in_memory import collect
-from .expert_decomposition import decompose_experts
 from .families import find_layers, reading_part, tied_layers
-from .input_grams import input_grams
+from .layer.expert_decomposition import decompose_experts
 from .modeling.experts import is_same_layer
 from .modeling.forms import check_forms
 from .modeling.forms.low_rank_sparse import LowRankSparseExperts
 from .modeling.offload import fetched
+from .observation.input_grams import input_grams
 from .recipe import Recipe
 from .sizes import expert_size
 from .types import MoeLayer

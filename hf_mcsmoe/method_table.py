@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .auto_candidates import AUTO
+from .executors.wanted import wanted_by
 from .family_table import insert
 from .presets import PRESETS
 from .recipe import LAYOUTS, STEPS, Recipe
 from .recipe_reading import recipe_from_preset
-from .wanted import wanted_by
 
 MARK = "methods"
 

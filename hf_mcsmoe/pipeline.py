@@ -13,18 +13,18 @@ from .allocation import ALLOCATION
 from .calibration import Calibration
 from .executors.in_memory import Collected, reached
 from .executors.kept_inputs import collect_first, visits
+from .executors.wanted import wanted_by
 from .families import find_layers, tied_layers
-from .layer_compression import compress_layer, follow
+from .layer.compression import compress_layer, follow
+from .layer.protection import check_room, protected_experts, with_protected
 from .layouts import budget_of_layer, native_target, resolve_layers
 from .modeling.offload import fetched
 from .outcome import conclude, count
-from .protected_experts import check_room, protected_experts, with_protected
 from .recipe import Recipe
 from .saliency import SALIENCY
 from .saved_statistics import SavedStatistics
 from .sizes import measure
 from .types import CompressionReport, LayerReport, LayerStatistics, MoeLayer
-from .wanted import wanted_by
 
 logger = logging.get_logger(__name__)
 

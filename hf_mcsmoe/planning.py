@@ -11,7 +11,6 @@ from .decomposition import DECOMPOSITION
 from .families import find_layers, tied_layers
 from .layouts import budget_of_layer, check_layout, neurons_of_layer, resolve_layers
 from .loading import empty_model, read_config
-from .low_rank import DEFAULT_RANK
 from .recipe import Recipe
 from .shared_base import SHARED_BASE
 from .sizes import (
@@ -25,6 +24,7 @@ from .sizes import (
     router_sizes,
     shared_sizes,
 )
+from .solvers.low_rank import DEFAULT_RANK
 from .types import MoeLayer
 
 

@@ -11,7 +11,6 @@ from .constants import CONSTANTS
 from .decomposition import DECOMPOSITION
 from .grouping import GROUPING
 from .layer_budget import LayerBudget, check_shared_recipe
-from .low_rank import check_budget
 from .matching import MATCHING
 from .merging import MERGING
 from .presets import PRESETS
@@ -23,6 +22,7 @@ from .saliency import SALIENCY
 from .selection import SELECTION
 from .shared_base import SHARED_BASE
 from .similarity import SIMILARITY
+from .solvers.low_rank import check_budget
 from .statistics import STATISTICS
 
 LAYOUTS = ("mapped", "native")

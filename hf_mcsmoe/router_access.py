@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .layer_inputs import LayerInputs
 from .modeling.experts import slot_axis
 from .modeling.forms.base import meta_copy
 from .modeling.offload import execution_device, fetched, replace_tensor
-from .observed import sum_dtype
+from .observation.layer_inputs import LayerInputs
+from .observation.observed import sum_dtype
 from .router_rows import ROUTER_ROWS
 from .types import MoeLayer
 

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from .auto_candidates import AUTO
 from .executors.in_memory import Collected
 from .executors.journal import compare
+from .executors.wanted import Wanted, wanted_by
 from .families import find_layers
-from .layer_inputs import LayerInputs, TensorOfBlock
 from .modeling.offload import execution_device, fetched
+from .observation.layer_inputs import LayerInputs, TensorOfBlock
 from .recipe import Recipe
 from .types import LayerStatistics, MoeLayer
-from .wanted import Wanted, wanted_by
 
 HEADER_FILE = "statistics.json"
 FORMAT_VERSION = 1

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .decomposition import DECOMPOSITION
-from .low_rank import num_kept_rows, resolve_rank
 from .modeling.constant_outputs import ConstantOutputs
 from .modeling.experts import slot_axis
 from .modeling.forms import ExpertForm, form_layers
@@ -16,6 +15,7 @@ from .modeling.forms.low_rank_sparse import matrix_sizes
 from .recipe import Recipe
 from .shared_base import SHARED_BASE
 from .shared_budget import base_budget, latent_size
+from .solvers.low_rank import num_kept_rows, resolve_rank
 from .types import MoeLayer
 
 INDEX_BYTES = 8  # of an int64: a slot of the expert map, or the index of a row that a sparse part keeps

@@ -4,8 +4,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import Recipe
-from hf_mcsmoe.expert_decomposition import decompose_experts
 from hf_mcsmoe.families import find_layers
+from hf_mcsmoe.layer.expert_decomposition import decompose_experts
 from hf_mcsmoe.modeling.install_forms import install_low_rank_sparse
 from hf_mcsmoe.outcome import adopt_mapped
 

@@ -120,5 +120,5 @@ def install(monkeypatch):
         module = types.ModuleType(name)
         module.__dict__.update(values)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "hf_mcsmoe.vllm_model", raising=False)
+    monkeypatch.delitem(sys.modules, "hf_mcsmoe.serving.vllm_model", raising=False)
     return registry

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from hf_mcsmoe import Recipe, compress_moe
-from hf_mcsmoe.accumulator import StatisticsAccumulator
 from hf_mcsmoe.allocation import ALLOCATION
 from hf_mcsmoe.allocation.error_curve import error_of_keeping
 from hf_mcsmoe.calibration import load_calibration
+from hf_mcsmoe.executors.accumulator import StatisticsAccumulator
 from hf_mcsmoe.executors.in_memory import collect
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.layer_inputs import relative_error, routed_output
 from hf_mcsmoe.layouts import check_layout
+from hf_mcsmoe.observation.layer_inputs import relative_error, routed_output
 from hf_mcsmoe.types import LayerStatistics
 
 DROP = {"similarity": None, "grouping": "drop", "alignment": None, "merging": None}
@@ -79,7 +79,7 @@ def test_statistics_say_what_leaving_any_set_of_experts_out_changes(name, observ
 
 
 def test_padding_skipped_slots_and_chunks_do_not_count(original, monkeypatch):
-    from hf_mcsmoe import observed as module
+    from hf_mcsmoe.observation import observed as module
 
     layer = find_layers(original("mixtral"))[0]
     generator = torch.Generator().manual_seed(0)

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from hf_mcsmoe import calibration_rows, calibration_sources
-from hf_mcsmoe.calibration import load_calibration
+from hf_mcsmoe.calibration import load_calibration, sources
+from hf_mcsmoe.calibration import rows as reading
 
 datasets = pytest.importorskip("datasets")
 
@@ -131,7 +131,7 @@ def test_seed_chooses_the_rows(tokenizer, kind):
 
 def test_long_texts_are_cut_into_passages_at_line_ends(tokenizer):
     text = "abc\ndefgh\nijklmnopqrst"
-    assert list(calibration_rows._passages(text, 8)) == ["abc\n", "defgh\n", "ijklmnop", "qrst"]
+    assert list(reading._passages(text, 8)) == ["abc\n", "defgh\n", "ijklmnop", "qrst"]
     lines = [f"w{i} w{i} w{i} w{i}\n" for i in range(10, 60)]  # 16 characters, 4 tokens each
     rows = rows_of(load_calibration(["".join(lines)], tokenizer, num_samples=4, sequence_length=9, seed=3))
     numbers = [token for token in chain(*rows) if token != EOS]
@@ -323,8 +323,8 @@ def test_no_source_means_the_shipped_text_and_a_warning(tokenizer, tmp_path, mon
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "calibration.jsonl").write_text('{"domain": "code", "text": "w5\u2028w6"}\n')
     warnings = []
-    monkeypatch.setattr(calibration_sources, "files", lambda package: {"hf_mcsmoe": tmp_path}[package])
-    monkeypatch.setattr(calibration_sources.logger, "warning", warnings.append)
+    monkeypatch.setattr(sources, "files", lambda package: {"hf_mcsmoe": tmp_path}[package])
+    monkeypatch.setattr(sources.logger, "warning", warnings.append)
     calibration = load_calibration(None, tokenizer)
     assert rows_of(calibration) == [[5, 6]] and calibration.source == "hf_mcsmoe default text"
     assert len(warnings) == 1 and "technical English prose and Python code" in warnings[0]

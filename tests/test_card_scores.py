@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from test_publishing import ALL, CODE, EVALUATION, PROSE, card_of, compression_report, section, table_rows
 
 from hf_mcsmoe.evaluation import DomainScore, Evaluation, Interval
-from hf_mcsmoe.evaluation_generation import check_generation
+from hf_mcsmoe.evaluation.generation import check_generation
 from hf_mcsmoe.publishing import model_card
 
 LOOPS, PLAIN = [1, 2, 3, 4] * 4, list(range(10, 26))

@@ -8,11 +8,11 @@ import torch
 from typer.testing import CliRunner
 
 from hf_mcsmoe import load_calibration
-from hf_mcsmoe.baseline_logits import BaselineLogits
 from hf_mcsmoe.cli import app
 from hf_mcsmoe.compare import compare_methods, recipes_to_compare
 from hf_mcsmoe.compare_tables import comparison_table, plot_comparison
 from hf_mcsmoe.evaluation import evaluate_model
+from hf_mcsmoe.evaluation.baseline_logits import BaselineLogits
 from hf_mcsmoe.executors import in_memory
 from hf_mcsmoe.presets import PRESETS
 

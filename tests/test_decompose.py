@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.decompose import decompose_merged
 from hf_mcsmoe.executors.in_memory import collect
-from hf_mcsmoe.expert_decomposition import decompose_experts
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.input_grams import input_grams
-from hf_mcsmoe.layer_inputs import relative_error
+from hf_mcsmoe.layer.expert_decomposition import decompose_experts
 from hf_mcsmoe.modeling.densify import densify
 from hf_mcsmoe.modeling.forms import form_layers
+from hf_mcsmoe.observation.input_grams import input_grams
+from hf_mcsmoe.observation.layer_inputs import relative_error
 
 
 def matrices_of(model):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_mcsmoe.decomposition import DECOMPOSITION
-from hf_mcsmoe.low_rank import input_metric, num_kept_rows, resolve_rank
+from hf_mcsmoe.solvers.low_rank import input_metric, num_kept_rows, resolve_rank
 
 plain = DECOMPOSITION["low_rank_sparse"]
 whitened = DECOMPOSITION["whitened_low_rank_sparse"]

@@ -19,7 +19,7 @@ from hf_mcsmoe.evaluation import (
     generate_samples,
     repetition,
 )
-from hf_mcsmoe.evaluation_intervals import ratio_of_sums
+from hf_mcsmoe.evaluation.intervals import ratio_of_sums
 
 VOCABULARY = 160
 
@@ -177,9 +177,9 @@ def test_chunks_and_batches_do_not_change_the_scores(model, baseline):
 
 def test_the_default_chunk_follows_the_vocabulary(model, monkeypatch):
     seen = []
-    monkeypatch.setattr("hf_mcsmoe.evaluation.CHUNK_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setattr("hf_mcsmoe.evaluation.scoring.CHUNK_ELEMENTS", 3 * VOCABULARY)
     monkeypatch.setattr(
-        "hf_mcsmoe.evaluation._score_tokens",
+        "hf_mcsmoe.evaluation.scoring._score_tokens",
         lambda target, logits: seen.append(len(logits)) or torch.zeros(1, len(target)),
     )
     evaluate_model(model, {"a": Calibration((batch_of(random_rows(9)),), "")}, progress=False)

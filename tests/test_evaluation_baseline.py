@@ -10,8 +10,13 @@ from tiny_models import tiny_model
 
 from hf_mcsmoe.calibration import Calibration, CalibrationBatch
 from hf_mcsmoe.evaluation import evaluate_model
-from hf_mcsmoe.evaluation_baseline import BaselineCache, read_continuations, save_continuations, write_baseline_cache
-from hf_mcsmoe.evaluation_run import Extras, beside, evaluate_whole, one_at_a_time
+from hf_mcsmoe.evaluation.cached_baseline import (
+    BaselineCache,
+    read_continuations,
+    save_continuations,
+    write_baseline_cache,
+)
+from hf_mcsmoe.evaluation.run import Extras, beside, evaluate_whole, one_at_a_time
 
 VOCABULARY = 160
 
@@ -82,7 +87,7 @@ def test_the_bound_is_that_of_k_tokens_and_one_bucket():
         name, top_k, vocab_size = "table", 2, 6
 
         def tokens(self, batch, row, position):
-            from hf_mcsmoe.evaluation_baseline import CachedTokens
+            from hf_mcsmoe.evaluation.cached_baseline import CachedTokens
 
             ids = batch.inputs["input_ids"]
             log_p = base[ids[row, position]].log_softmax(-1)

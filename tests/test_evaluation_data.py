@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_evaluation import VOCABULARY, WordTokenizer, batch_of
 
-from hf_mcsmoe import evaluation_data
 from hf_mcsmoe.calibration import Calibration
+from hf_mcsmoe.evaluation import data as evaluation_data
 from hf_mcsmoe.evaluation import load_evaluation_data
 
 

@@ -4,7 +4,7 @@ from test_evaluation import WordTokenizer, batch_of, random_rows
 from tiny_models import tiny_model
 
 from hf_mcsmoe.calibration import Calibration, CalibrationBatch
-from hf_mcsmoe.evaluation_generation import (
+from hf_mcsmoe.evaluation.generation import (
     check_generation,
     continuations,
     encode_prompts,

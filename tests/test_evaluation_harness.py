@@ -11,8 +11,8 @@ from test_cli import fail, succeed
 from test_cli import tiny as tiny
 from test_cli import tokens as tokens
 
-from hf_mcsmoe import evaluation_harness
-from hf_mcsmoe.evaluation_harness import TaskMetric, TaskResult, check_tasks, compare_tasks, run_tasks
+from hf_mcsmoe.evaluation import harness as evaluation_harness
+from hf_mcsmoe.evaluation.harness import TaskMetric, TaskResult, check_tasks, compare_tasks, run_tasks
 from hf_mcsmoe.loading import load_model, load_tokenizer
 
 DOCUMENTS = [

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_mcsmoe.evaluation_intervals import (
+from hf_mcsmoe.evaluation.intervals import (
     CONFIDENCE,
     Interval,
     mean_of_bounded,

@@ -8,8 +8,9 @@ from checkpoints import tensors
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from hf_mcsmoe import export_checkpoint, export_plan
+from hf_mcsmoe import export_checkpoint
 from hf_mcsmoe.evaluation import evaluate_model, load_evaluation_data
+from hf_mcsmoe.export import plan as export_plan
 from hf_mcsmoe.loading import load_model
 from hf_mcsmoe.publishing import read_report, write_report
 from hf_mcsmoe.publishing.checkpoint_files import checkpoint_files
@@ -208,7 +209,7 @@ def test_an_error_while_writing_leaves_nothing(write_compressed, tmp_path, monke
     def fail(*args, **options):  # noqa: ARG001
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_mcsmoe.export.write_card", fail)
+    monkeypatch.setattr("hf_mcsmoe.export.checkpoint.write_card", fail)
     refuse(mapped, tmp_path, "no space left", OSError)
 
 

@@ -18,9 +18,11 @@ from fit_layers import (
 )
 from tiny_models import tiny_model
 
-from hf_mcsmoe import gated_features
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.gated_features import (
+from hf_mcsmoe.layer.compression import as_float32
+from hf_mcsmoe.layer.fit import original_output
+from hf_mcsmoe.observation import gated_features
+from hf_mcsmoe.observation.gated_features import (
     RoutedTokens,
     apply_down,
     dense_gates,
@@ -28,9 +30,7 @@ from hf_mcsmoe.gated_features import (
     sum_features,
     sum_input_grams,
 )
-from hf_mcsmoe.layer_compression import as_float32
-from hf_mcsmoe.layer_fit import original_output
-from hf_mcsmoe.layer_inputs import LayerInputs, ignore_passive
+from hf_mcsmoe.observation.layer_inputs import LayerInputs, ignore_passive
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WIDTHS = (4, 0, 3, 5, 2)  # rank != id: expert 0 is the most used, not the widest; expert 1 has no neurons

@@ -3,10 +3,10 @@ import torch
 
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.executors.in_memory import collect
-from hf_mcsmoe.expert_decomposition import decompose_experts
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.input_grams import input_grams
-from hf_mcsmoe.layer_inputs import LayerInputs
+from hf_mcsmoe.layer.expert_decomposition import decompose_experts
+from hf_mcsmoe.observation.input_grams import input_grams
+from hf_mcsmoe.observation.layer_inputs import LayerInputs
 from hf_mcsmoe.training.gradient_importance import labelled
 from hf_mcsmoe.types import ExpertWeights
 

@@ -10,14 +10,14 @@ from torch.nn.functional import relu, silu
 
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.grouping.dominant_experts import group_around_dominant_experts
-from hf_mcsmoe.layer_compression import (
+from hf_mcsmoe.layer.compression import (
     WORTH_COLLAPSING,
     duplicate_share,
     worth_collapsing,
 )
-from hf_mcsmoe.layer_inputs import LayerInputs, relative_error, routed_output
-from hf_mcsmoe.layer_merging import group_experts, merge_groups
+from hf_mcsmoe.layer.merging import group_experts, merge_groups
 from hf_mcsmoe.merging import MERGING
+from hf_mcsmoe.observation.layer_inputs import LayerInputs, relative_error, routed_output
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.similarity.router_logits import router_logit_similarity
 from hf_mcsmoe.types import ExpertFormat, ExpertGroups, ExpertWeights, LayerStatistics, MoeLayer

@@ -14,7 +14,7 @@ from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.executors import kept_inputs
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.layer_fit import LEAST_SHARE
+from hf_mcsmoe.layer.fit import LEAST_SHARE
 from hf_mcsmoe.outcome import count
 from hf_mcsmoe.planning import plan
 

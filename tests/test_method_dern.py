@@ -9,7 +9,7 @@ from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.merging.recombined_segments import merge_by_recombining_segments
 from hf_mcsmoe.recipe_reading import recipe_from_preset
-from hf_mcsmoe.segments import assign_segments, spherical_kmeans, transferred_share
+from hf_mcsmoe.solvers.segments import assign_segments, spherical_kmeans, transferred_share
 from hf_mcsmoe.types import ExpertGroups, ExpertWeights
 
 

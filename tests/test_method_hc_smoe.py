@@ -15,13 +15,13 @@ from method_models import (
 )
 
 from hf_mcsmoe import Recipe, calibrate_moe, compress_moe
-from hf_mcsmoe.agglomerative import LINKAGES, cluster_by_distance
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.executors.in_memory import collect_statistics
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.grouping.hierarchical import group_by_hierarchical_clustering
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.similarity.expert_outputs import mean_output_similarity
+from hf_mcsmoe.solvers.agglomerative import LINKAGES, cluster_by_distance
 from hf_mcsmoe.types import ExpertWeights, LayerStatistics
 
 

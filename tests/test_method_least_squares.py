@@ -18,14 +18,14 @@ from torch.nn.functional import silu
 
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.calibration import load_calibration
-from hf_mcsmoe.down_fit import solve, weighted_mean
-from hf_mcsmoe.expert_activations import hidden_states_of
-from hf_mcsmoe.gated_features import RoutedTokens
-from hf_mcsmoe.layer_tokens import LayerTokens
 from hf_mcsmoe.merging.least_squares_down import merge_by_least_squares_down
 from hf_mcsmoe.merging.pleas import merge_by_permuted_least_squares
+from hf_mcsmoe.observation.expert_activations import hidden_states_of
+from hf_mcsmoe.observation.gated_features import RoutedTokens
+from hf_mcsmoe.observation.layer_tokens import LayerTokens
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.similarity.inner_weights import inner_weight_similarity
+from hf_mcsmoe.solvers.down_fit import solve, weighted_mean
 from hf_mcsmoe.types import ExpertWeights
 
 OPERATORS = {"merge-moe": merge_by_least_squares_down, "pleas": merge_by_permuted_least_squares}
@@ -215,7 +215,7 @@ def test_the_pseudo_inverse_worked_by_hand():
 def test_the_sums_take_the_memory_that_they_say_whatever_the_number_of_tokens(operator, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        "hf_mcsmoe.down_fit.solve",
+        "hf_mcsmoe.solvers.down_fit.solve",
         lambda gram, cross, ridge: sizes.append((gram.shape, cross.shape, gram.dtype)) or solve(gram, cross, ridge),
     )
     for number in (3, 50):

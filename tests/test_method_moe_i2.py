@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hf_mcsmoe import Recipe, compress_moe
-from hf_mcsmoe.apportion import apportion
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.grouping import GROUPING
@@ -19,6 +18,7 @@ from hf_mcsmoe.planning import plan
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.saliency import SALIENCY
 from hf_mcsmoe.sizes import measure
+from hf_mcsmoe.solvers.apportion import apportion
 from hf_mcsmoe.types import LayerStatistics
 
 MODELS = {"mixtral": {}, "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4}}

@@ -13,7 +13,7 @@ from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe
 from hf_mcsmoe.executors.in_memory import collect
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.grouping import subset_search
-from hf_mcsmoe.native_gates import native_gates
+from hf_mcsmoe.observation.native_gates import native_gates
 
 ROWS = slice(0, 3)
 

@@ -11,7 +11,7 @@ from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe
 from hf_mcsmoe.executors.in_memory import collect_statistics
 from hf_mcsmoe.expert_values import PackedExperts
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.layer_tokens import as_float32
+from hf_mcsmoe.observation.layer_tokens import as_float32
 from hf_mcsmoe.selection import SELECTION
 
 ROWS = slice(0, 8)

@@ -8,10 +8,10 @@ from slow_moe import MODELS, STUDIED, kept_by, padded, ragged_rows, slow_layers
 from torch.testing import assert_close
 
 from hf_mcsmoe import MergedSparseMoeConfig, compress_moe
-from hf_mcsmoe.accumulator import StatisticsAccumulator
+from hf_mcsmoe.executors.accumulator import StatisticsAccumulator
 from hf_mcsmoe.executors.shards import Shards
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.observed import ObservedTokens
+from hf_mcsmoe.observation.observed import ObservedTokens
 from hf_mcsmoe.partial_loading import load_experts
 from hf_mcsmoe.task_patterns import load_task_patterns, nearest_task, save_task_patterns, task_pattern
 

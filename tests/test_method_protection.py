@@ -8,8 +8,8 @@ from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe
 from hf_mcsmoe.executors.in_memory import collect_statistics
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.grouping import GROUPING
+from hf_mcsmoe.layer.protection import group_around, protected_experts, statistics_of
 from hf_mcsmoe.presets import PRESETS
-from hf_mcsmoe.protected_experts import group_around, protected_experts, statistics_of
 from hf_mcsmoe.protection.super_experts import find_super_experts
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.types import LayerStatistics

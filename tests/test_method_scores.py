@@ -10,7 +10,7 @@ from slow_moe import MODELS, STUDIED, kept_by, padded, ragged_rows, slow_layers
 from hf_mcsmoe import MergedSparseMoeConfig, compress_moe
 from hf_mcsmoe.executors.in_memory import collect_statistics
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.observed import ObservedTokens
+from hf_mcsmoe.observation.observed import ObservedTokens
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.saliency import SALIENCY

@@ -9,14 +9,14 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from hf_mcsmoe import compress_moe
-from hf_mcsmoe.barycentre import align_to_barycentre, mean_of_aligned
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.executors.in_memory import collect
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.layer_tokens import original_tokens
+from hf_mcsmoe.observation.layer_tokens import original_tokens
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.shared_base import SHARED_BASE
 from hf_mcsmoe.shared_base.whitened_deltas import grams_of_experts
+from hf_mcsmoe.solvers.barycentre import align_to_barycentre, mean_of_aligned
 from hf_mcsmoe.types import ExpertWeights
 
 MODELS = {"mixtral": {}, "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4}}

@@ -11,10 +11,10 @@ from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.allocation.joint_kmeans import allocate_by_joint_kmeans, clusters_of_layers
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.grouping.kmeans import group_by_kmeans
-from hf_mcsmoe.kmeans import kmeans, without_empty
 from hf_mcsmoe.merging.joint_svd import merge_by_joint_svd
 from hf_mcsmoe.merging.weighted_average import merge_by_weighted_average
 from hf_mcsmoe.recipe_reading import recipe_from_preset
+from hf_mcsmoe.solvers.kmeans import kmeans, without_empty
 from hf_mcsmoe.types import ExpertWeights, LayerStatistics
 
 

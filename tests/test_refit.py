@@ -8,8 +8,8 @@ import torch
 from fit_layers import FORMATS, HIDDEN, activation, packed_experts, routed, slow_constants, slow_features, slow_outputs
 from fit_layers import with_targets_of as targets_of
 
-from hf_mcsmoe.gated_features import FeatureSums, RoutedTokens
-from hf_mcsmoe.layer_fit import fit_experts, refit_down
+from hf_mcsmoe.layer.fit import fit_experts, refit_down
+from hf_mcsmoe.observation.gated_features import FeatureSums, RoutedTokens
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.refit.least_squares import RIDGES, mean_energies, refit_by_least_squares
 

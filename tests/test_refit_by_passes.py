@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from hf_mcsmoe import layer_fit, refit_by_passes
 from hf_mcsmoe.expert_values import PackedExperts
-from hf_mcsmoe.gated_features import RoutedTokens, apply_down, sum_features
+from hf_mcsmoe.layer import fit, refit_by_passes
+from hf_mcsmoe.observation.gated_features import RoutedTokens, apply_down, sum_features
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.refit.least_squares import refit_by_least_squares
 
@@ -63,12 +63,12 @@ def test_an_expert_without_tokens_keeps_its_weights():
 def test_large_layers_are_refitted_by_passes_and_guarded(monkeypatch):
     experts, batches = layer()
     recipe = Recipe(refit="least_squares", refit_options={"ridges": (1e-2,)})
-    small = layer_fit.refit_down(experts, activation, recipe, batches[:1], batches[1:])
-    monkeypatch.setattr(layer_fit, "MOST_JOINT_NEURONS", experts.num_neurons - 1)
-    monkeypatch.setattr(layer_fit, "sum_features", None)  # the joint Gram matrix must not be built
-    large = layer_fit.refit_down(experts, activation, recipe, batches[:1], batches[1:])
+    small = fit.refit_down(experts, activation, recipe, batches[:1], batches[1:])
+    monkeypatch.setattr(fit, "MOST_JOINT_NEURONS", experts.num_neurons - 1)
+    monkeypatch.setattr(fit, "sum_features", None)  # the joint Gram matrix must not be built
+    large = fit.refit_down(experts, activation, recipe, batches[:1], batches[1:])
     assert large.is_refitted and large.error_before_refit == pytest.approx(small.error_before_refit, rel=1e-4)
     assert large.error_after_refit == pytest.approx(small.error_after_refit, rel=1e-2)
-    monkeypatch.setattr(layer_fit, "refit_by_passes", lambda experts, *_: 3 * experts.down.double())
-    worse = layer_fit.refit_down(experts, activation, recipe, batches[:1], batches[1:])
+    monkeypatch.setattr(fit, "refit_by_passes", lambda experts, *_: 3 * experts.down.double())
+    worse = fit.refit_down(experts, activation, recipe, batches[:1], batches[1:])
     assert not worse.is_refitted and torch.equal(worse.experts.down, experts.down)

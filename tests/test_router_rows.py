@@ -11,14 +11,14 @@ from tiny_models import tiny_model
 from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.executors.in_memory import Collected
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.layer_inputs import LayerInputs
-from hf_mcsmoe.layer_merging import MergedLayer
+from hf_mcsmoe.layer.merging import MergedLayer
+from hf_mcsmoe.layer.router import cut_router, membership
 from hf_mcsmoe.layouts import check_layout
 from hf_mcsmoe.modeling.experts import select_rows
+from hf_mcsmoe.observation.layer_inputs import LayerInputs
 from hf_mcsmoe.router_access import find_rows, read_rows, router_inputs, write_rows
 from hf_mcsmoe.router_rows import ROUTER_ROWS
 from hf_mcsmoe.router_rows.hessian import conjugate_gradients
-from hf_mcsmoe.router_treatment import cut_router, membership
 from hf_mcsmoe.types import ExpertGroups, Routing
 
 GROUPS = ExpertGroups(group_of_expert=torch.tensor([1, 0, -1, 1, 0, 1]), dominant_of_group=torch.tensor([1, 3]))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from fit_layers import FORMATS, activation, packed_experts, routed, slow_features
 
-from hf_mcsmoe import unreached_experts
 from hf_mcsmoe.expert_values import PackedExperts
-from hf_mcsmoe.gated_features import RoutedTokens, sum_expert_grams
-from hf_mcsmoe.layer_fit import choose_neurons
+from hf_mcsmoe.layer import unreached
+from hf_mcsmoe.layer.fit import choose_neurons
+from hf_mcsmoe.layer.unreached import with_unreached
+from hf_mcsmoe.observation.gated_features import RoutedTokens, sum_expert_grams
 from hf_mcsmoe.selection import SELECTION
 from hf_mcsmoe.selection.gated_obs import increasing, removal_costs, saliency_by_gated_obs
-from hf_mcsmoe.unreached_experts import with_unreached
 
 WIDTHS = (4, 0, 6, 5)
 RIDGE = 3e-3
@@ -255,7 +255,7 @@ def test_an_unreached_expert_counts_as_if_one_average_token_had_reached_it():
 
 def test_a_sample_of_the_tokens_stands_for_all(monkeypatch):
     experts, batches, features = unreached_case()
-    monkeypatch.setattr(unreached_experts, "CHUNK_TOKENS", 9)
+    monkeypatch.setattr(unreached, "CHUNK_TOKENS", 9)
     completed = with_unreached(sum_expert_grams(experts, activation, batches), experts, activation, batches)
     torch.testing.assert_close(completed[2], features[:9].T @ features[:9] / 9, rtol=1e-5, atol=1e-6)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_mcsmoe.accumulator import StatisticsAccumulator
-from hf_mcsmoe.observed import ObservedTokens
+from hf_mcsmoe.executors.accumulator import StatisticsAccumulator
+from hf_mcsmoe.observation.observed import ObservedTokens
 from hf_mcsmoe.similarity.router_logits import router_logit_similarity
 from hf_mcsmoe.types import ExpertWeights, LayerStatistics
 

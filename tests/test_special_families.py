@@ -16,7 +16,7 @@ from transformers import (
     VitPoseBackbone,
 )
 
-import hf_mcsmoe.layer_merging
+import hf_mcsmoe.layer.merging
 from hf_mcsmoe import Recipe, compress_moe, load_calibration, plan
 from hf_mcsmoe.executors.decoder_inputs import decoder_mask, with_decoder_inputs
 from hf_mcsmoe.executors.in_memory import collect_statistics
@@ -189,7 +189,7 @@ def test_planted_copies_merge_without_loss(name, compress, tokens, prompt, monke
     expected = logits(model, prompt)
     assert not torch.allclose(expected, logits(shared_model(name), prompt), **ROUNDING)
     groups = ExpertGroups(torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor(leaders))
-    monkeypatch.setattr(hf_mcsmoe.layer_merging, "group_experts", lambda *_: (groups, None))
+    monkeypatch.setattr(hf_mcsmoe.layer.merging, "group_experts", lambda *_: (groups, None))
     result = compress(model, tokens, num_experts=4, allocation="uniform", importance="usage_frequency")
     assert_close(logits(result, prompt), expected, **ROUNDING)
     assert all((report.relative_error or 0) < 1e-9 for report in result.compression_report.layers)

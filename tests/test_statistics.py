@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_mcsmoe.accumulator import StatisticsAccumulator
-from hf_mcsmoe.observed import ObservedTokens, sum_dtype
+from hf_mcsmoe.executors.accumulator import StatisticsAccumulator
+from hf_mcsmoe.observation.observed import ObservedTokens, sum_dtype
 from hf_mcsmoe.statistics import STATISTICS
 
 NUM_SLOTS, TOP_K, NUM_TOKENS = 6, 2, 37

@@ -12,8 +12,8 @@ from checkpoints import tensors
 from torch.testing import assert_close
 from transformers import AutoConfig
 
-from hf_mcsmoe import vllm_plugin
 from hf_mcsmoe.loading import load_model
+from hf_mcsmoe.serving import vllm_plugin
 
 DECOMPOSED = {"decomposition": "low_rank_sparse", "decomposition_options": {"rank": 4, "keep_rows": 0.2}}
 RECIPES = {
@@ -38,12 +38,14 @@ def resolve(registry, architecture):
 def test_registering_twice_is_registering_once(registry):
     vllm_plugin.register()
     vllm_plugin.register()
-    assert dict(registry.models) == {"MergedSparseMoeForCausalLM": "hf_mcsmoe.vllm_model:MergedSparseMoeForVllm"}
+    assert dict(registry.models) == {
+        "MergedSparseMoeForCausalLM": "hf_mcsmoe.serving.vllm_model:MergedSparseMoeForVllm"
+    }
 
 
 def test_registering_does_not_import_the_model(registry):  # noqa: ARG001
     vllm_plugin.register()
-    assert "hf_mcsmoe.vllm_model" not in sys.modules
+    assert "hf_mcsmoe.serving.vllm_model" not in sys.modules
 
 
 def test_the_plug_in_of_another_package_under_the_name_stays(registry):
@@ -60,7 +62,8 @@ def test_the_entry_point_names_the_function():
 
 
 def test_the_package_does_not_need_vllm():
-    code = "import sys, hf_mcsmoe, hf_mcsmoe.vllm_plugin; assert not any(n.startswith('vllm') for n in sys.modules)"
+    loaded = "any(n.startswith('vllm') for n in sys.modules)"
+    code = f"import sys, hf_mcsmoe, hf_mcsmoe.serving.vllm_plugin; assert not {loaded}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_mcsmoe import Calibration, Recipe, load_calibration
 from hf_mcsmoe.executors.in_memory import collect
-from hf_mcsmoe.expert_decomposition import decompose_experts
 from hf_mcsmoe.families import find_layers
-from hf_mcsmoe.input_grams import input_grams
+from hf_mcsmoe.layer.expert_decomposition import decompose_experts
 from hf_mcsmoe.modeling.forms import form_layers
 from hf_mcsmoe.modeling.install_forms import install_low_rank_sparse
+from hf_mcsmoe.observation.input_grams import input_grams
 from hf_mcsmoe.outcome import adopt_mapped
 from hf_mcsmoe.training import prune_by_gradients
 from hf_mcsmoe.training.gradient_importance import labelled

@@ -4,8 +4,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..alignment import ALIGNMENT
 from ..types import ExpertGroups, ExpertWeights
-from . import ALIGNMENT
 
 
 @ALIGNMENT.register("weight_matching")

@@ -6,15 +6,15 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..expert_activations import CHECK_TOKENS, activations, sums_over_tokens
-from ..observed import sum_dtype
+from ..alignment import ALIGNMENT
+from ..observation.expert_activations import CHECK_TOKENS, activations, sums_over_tokens
+from ..observation.observed import sum_dtype
 from ..option_checks import check_all, check_whole
 from ..saliency.output_norms import gated_output_norm
 from ..types import ExpertGroups, ExpertWeights, LayerStatistics
-from . import ALIGNMENT
 
 if TYPE_CHECKING:
-    from ..layer_tokens import LayerTokens
+    from ..observation.layer_tokens import LayerTokens
 
 CHECK_ALIGNMENT = check_all(check_whole("components", 1, "Leave it out for 64."), CHECK_TOKENS)
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..allocation import ALLOCATION
 from ..types import LayerStatistics
-from . import ALLOCATION
 from .limits import check_limits, limits
 
 

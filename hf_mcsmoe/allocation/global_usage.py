@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import ALLOCATION
+from ..allocation import ALLOCATION
 from .limits import limits
 
 

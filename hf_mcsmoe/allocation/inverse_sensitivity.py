@@ -4,8 +4,8 @@ import heapq
 
 from torch import Tensor
 
+from ..allocation import ALLOCATION
 from ..types import LayerStatistics
-from . import ALLOCATION
 from .limits import check_limits, limits
 
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..kmeans import kmeans
+from ..allocation import ALLOCATION
 from ..option_checks import check_whole
 from ..similarity.expert_outputs import output_cosine
+from ..solvers.kmeans import kmeans
 from ..types import LayerStatistics
-from . import ALLOCATION
 
 CHECK_LAYERS = check_whole("joint_layers", 1, "1 gives each layer its own share.")
 

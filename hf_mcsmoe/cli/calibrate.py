@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from ..cli import options
 from .tables import human_bytes
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options
+from ..cli import options
 from .tables import before_after, human, human_bytes, print_table
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
+from ..cli import options
 from .compress import bytes_of_weights
 from .tables import before_after, human, print_table
 
@@ -88,8 +88,8 @@ def compare(
 ) -> None:
     """Measure all models on held-out text and let them write; the last one's scores go into its report and card."""
     from ..evaluation import load_evaluation_data
-    from ..evaluation_generation import encode_prompts, prompts_from_rows
-    from ..evaluation_run import Extras, beside, evaluate_whole
+    from ..evaluation.generation import encode_prompts, prompts_from_rows
+    from ..evaluation.run import Extras, beside, evaluate_whole
     from .evaluate import save_scores
 
     step(

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
+from ..cli import options
 from .evaluation_tables import show
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
     from ..evaluation import Evaluation
-    from ..evaluation_run import Baseline, Extras, Measured
+    from ..evaluation.run import Baseline, Extras, Measured
 
 DEFAULT_GENERATIONS = 16  # beside a baseline
 
@@ -61,8 +61,8 @@ def evaluate_command(
 
     Example: hf-mcsmoe evaluate out --baseline Qwen/Qwen3-30B-A3B --data held_out.jsonl --save
     """
-    from ..evaluation_harness import check_tasks
-    from ..evaluation_run import evaluate_whole
+    from ..evaluation.harness import check_tasks
+    from ..evaluation.run import evaluate_whole
     from ..loading import load_model, load_tokenizer, read_config
 
     if save:
@@ -128,8 +128,8 @@ def choose_extras(
     Raises:
         ValueError: A negative number, or a prompt without a token.
     """
-    from ..evaluation_generation import PROMPT_TOKENS, encode_prompts, prompts_from_rows
-    from ..evaluation_run import Extras
+    from ..evaluation.generation import PROMPT_TOKENS, encode_prompts, prompts_from_rows
+    from ..evaluation.run import Extras
 
     if generations < 0 or how["max_new_tokens"] < 1:
         raise ValueError(
@@ -150,7 +150,7 @@ def open_baseline(
     Raises:
         ValueError: The file is of another model than `baseline`, or does not fit the rows.
     """
-    from ..evaluation_run import beside, one_at_a_time
+    from ..evaluation.run import beside, one_at_a_time
 
     if cache is None:
         return None if baseline is None else beside(partial(load, baseline), extras)

@@ -8,7 +8,7 @@ from .tables import print_table
 
 if TYPE_CHECKING:
     from ..evaluation import DomainScore, Evaluation, Interval
-    from ..evaluation_generation import Estimate, GenerationCheck
+    from ..evaluation.generation import Estimate, GenerationCheck
 
 
 def show(scores: "Evaluation") -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
+from ..cli import options
 from .compress import show_loading
 from .evaluate import read_data
 from .tables import before_after, print_table

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from . import options
+from ..cli import options
 from .tables import before_after, human, name_pattern, print_table
 
 if TYPE_CHECKING:

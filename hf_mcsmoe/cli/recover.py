@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options
+from ..cli import options
 from .compress import show_loading
 from .tables import print_table
 from .training_options import training_values

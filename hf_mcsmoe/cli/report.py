@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from ..cli import options
 
 
 def report_command(

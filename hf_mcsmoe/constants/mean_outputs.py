@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..constants import CONSTANTS
 from ..types import LayerStatistics
-from . import CONSTANTS
 
 
 @CONSTANTS.register("routed_mean", needs=("selection_count", "routed_output_sum"))

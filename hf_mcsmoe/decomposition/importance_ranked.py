@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from ..decomposition import DECOMPOSITION
 from ..expert_values import LowRankSparse
-from ..low_rank import decompose
-from . import DECOMPOSITION
+from ..solvers.low_rank import decompose
 
 
 @DECOMPOSITION.register("importance_ranked", ranked=True)

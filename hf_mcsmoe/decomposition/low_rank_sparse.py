@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from ..decomposition import DECOMPOSITION
 from ..expert_values import LowRankSparse
-from ..low_rank import decompose, num_kept_rows, resolve_rank
-from . import DECOMPOSITION
+from ..solvers.low_rank import decompose, num_kept_rows, resolve_rank
 
 
 @DECOMPOSITION.register("low_rank_sparse")

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration, CalibrationBatch
 from ..families import forward_call, reading_part
 from ..families.residual import ResidualStream
-from ..layer_inputs import LayerInputs, tokens_of_batch
 from ..modeling.offload import execution_device
+from ..observation.layer_inputs import LayerInputs, tokens_of_batch
 from ..statistics import STATISTICS
 from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_modules, with_decoder_inputs

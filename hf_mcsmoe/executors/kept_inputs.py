@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from ..calibration import Calibration
 from ..types import MoeLayer
-from ..wanted import Wanted
 from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
+from .wanted import Wanted
 
 MOST_BYTES = 2**31  # of kept tokens, for all layers that are collected in one forward
 

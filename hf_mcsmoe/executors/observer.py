@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..accumulator import StatisticsAccumulator
 from ..calibration import CalibrationBatch
 from ..families import tied_layers
 from ..families.residual import ResidualStream
-from ..layer_inputs import LayerInputs, TensorOfBlock, ignore_passive
-from ..observed import ObservedTokens
+from ..observation.layer_inputs import LayerInputs, TensorOfBlock, ignore_passive
+from ..observation.observed import ObservedTokens
 from ..types import MoeLayer
+from .accumulator import StatisticsAccumulator
 from .decoder_inputs import decoder_mask
 
 

@@ -21,10 +21,10 @@ from transformers.utils import logging
 from ..allocation import ALLOCATION
 from ..calibration import Calibration
 from ..families import find_layers
+from ..layer.protection import check_room, protected_experts, with_protected
 from ..layouts import budget_of_layer, native_target, resolve_layers
 from ..loading import empty_model, read_config
 from ..outcome import conclude, count, package_version
-from ..protected_experts import check_room, protected_experts, with_protected
 from ..protection import PROTECTION
 from ..publishing.report import read_report
 from ..publishing.statistics_file import read_statistics

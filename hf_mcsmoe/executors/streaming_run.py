@@ -13,14 +13,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration
-from ..layer_compression import compress_layer
-from ..layer_inputs import LayerInputs, TensorOfBlock
+from ..layer.compression import compress_layer
 from ..modeling.merged_model import merged_class
+from ..observation.layer_inputs import LayerInputs, TensorOfBlock
 from ..outcome import count
 from ..pipeline import check_finite, saliency_of
 from ..recipe import Recipe
 from ..types import LayerReport, LayerStatistics, MoeLayer
-from ..wanted import wanted_by
 from .decoder_stack import DecoderStack
 from .hidden_states import HiddenStates
 from .in_memory import Collected, collect
@@ -29,6 +28,7 @@ from .kept_inputs import amounts
 from .output_shards import OutputShards
 from .shards import Shards
 from .skeleton import load_tensors, release, stored_tensors, tied_names
+from .wanted import wanted_by
 
 
 @dataclass

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..grouping import GROUPING
 from ..types import ExpertGroups
-from . import GROUPING
 
 
 def choose_dominant(saliency: Tensor, num_groups: int, num_partitions: int = 1) -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..grouping import GROUPING
 from ..types import ExpertGroups
-from . import GROUPING
 from .dominant_experts import choose_dominant
 
 

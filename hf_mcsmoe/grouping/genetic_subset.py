@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ..grouping import GROUPING
 from ..types import ExpertGroups, LayerStatistics
-from . import GROUPING
 
 LEAST_POPULATION = 2
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..agglomerative import LINKAGES, cluster_by_distance
+from ..grouping import GROUPING
 from ..registry import closest
+from ..solvers.agglomerative import LINKAGES, cluster_by_distance
 from ..types import ExpertGroups
-from . import GROUPING
 
 
 def check_linkage(options: dict) -> None:

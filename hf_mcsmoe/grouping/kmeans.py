@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..kmeans import NUM_STARTS, kmeans
+from ..grouping import GROUPING
 from ..option_checks import check_whole
+from ..solvers.kmeans import NUM_STARTS, kmeans
 from ..types import ExpertGroups
-from . import GROUPING
 from .hierarchical import check_num_groups, led_groups
 
 CHECK_STARTS = check_whole("num_starts", 1, f"Leave it out for {NUM_STARTS}.")

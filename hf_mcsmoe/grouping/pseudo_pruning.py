@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..grouping import GROUPING
 from ..option_checks import check_whole
 from ..types import ExpertGroups
-from . import GROUPING
 from .dominant_experts import choose_dominant, group_around_dominant_experts
 
 CHECK_SIZE = check_whole("group_size", 0, "0 gives each expert to the most similar leader.")

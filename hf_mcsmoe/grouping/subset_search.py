@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
-from ..gated_features import Activation, features_of_experts
+from ..grouping import GROUPING
+from ..observation.gated_features import Activation, features_of_experts
 from ..types import ExpertGroups, ExpertWeights
-from . import GROUPING
 
 if TYPE_CHECKING:
-    from ..layer_tokens import LayerTokens
+    from ..observation.layer_tokens import LayerTokens
 
 MOST_OUTPUTS = 2**24  # numbers that all experts give at a time
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..expert_values import PackedExperts
-from ..gated_features import Activation, apply_down
-from . import MATCHING
+from ..matching import MATCHING
+from ..observation.gated_features import Activation, apply_down
 from .tokens import MatchingTokens
 
 NUM_CHECKS = 5  # of the held-out error, spread evenly over the steps

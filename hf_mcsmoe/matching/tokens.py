@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 
-from ..gated_features import RoutedTokens, dense_gates
-from ..layer_inputs import LayerInputs
+from ..observation.gated_features import RoutedTokens, dense_gates
+from ..observation.layer_inputs import LayerInputs
 from ..types import MoeLayer
 
 BATCH_TOKENS = 8192

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import MERGING
+from ..merging import MERGING
 
 
 @MERGING.register("average")

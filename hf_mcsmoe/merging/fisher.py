@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..merging import MERGING
 from ..types import ExpertWeights, LayerStatistics, permute
-from . import MERGING
 
 
 @MERGING.register("fisher", needs=("fisher",), takes="experts")

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..observed import sum_dtype
+from ..merging import MERGING
+from ..observation.observed import sum_dtype
 from ..option_checks import check_whole
-from . import MERGING
 from .weighted_average import merge_by_weighted_average
 
 CHECK_RANK = check_whole("rank", 1, "None keeps the full rank.", or_none=True)

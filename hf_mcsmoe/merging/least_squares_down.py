@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..down_fit import CHECK_FIT, RIDGE, fit_down, weighted_mean
-from ..expert_activations import MAX_TOKENS, activations
+from ..merging import MERGING
+from ..observation.expert_activations import MAX_TOKENS, activations
+from ..solvers.down_fit import CHECK_FIT, RIDGE, fit_down, weighted_mean
 from ..types import ExpertWeights
-from . import MERGING
 
 if TYPE_CHECKING:
-    from ..layer_tokens import LayerTokens
+    from ..observation.layer_tokens import LayerTokens
 
 
 @MERGING.register("least_squares_down", takes="experts", check=CHECK_FIT)

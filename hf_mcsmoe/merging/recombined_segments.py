@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..merging import MERGING
 from ..option_checks import check_real, check_whole
-from ..segments import assign_segments, shares_in_clusters, spherical_kmeans, transferred_share
+from ..solvers.segments import assign_segments, shares_in_clusters, spherical_kmeans, transferred_share
 from ..types import ExpertGroups, ExpertWeights
-from . import MERGING
 
 THRESHOLD = 0.3
 

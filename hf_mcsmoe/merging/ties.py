@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..observed import sum_dtype
+from ..merging import MERGING
+from ..observation.observed import sum_dtype
 from ..option_checks import check_real
 from ..registry import closest
-from . import MERGING
 
 BASES = ("dominant", "mean")
 # Differences from a mean add up to 0 where all of them stay; rounding must not elect a sign there.

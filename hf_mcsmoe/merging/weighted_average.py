@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import MERGING
+from ..merging import MERGING
 
 
 @MERGING.register("weighted_average")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import MERGING
+from ..merging import MERGING
 from .weighted_average import merge_by_weighted_average
 
 MOST_OF_ZERO = 0.5

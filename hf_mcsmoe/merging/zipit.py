@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..agglomerative import cluster_by_distance
-from ..down_fit import shares_of
-from ..expert_activations import CHECK_TOKENS, MAX_TOKENS, activations, sums_over_tokens
-from ..observed import sum_dtype
+from ..merging import MERGING
+from ..observation.expert_activations import CHECK_TOKENS, MAX_TOKENS, activations, sums_over_tokens
+from ..observation.observed import sum_dtype
 from ..option_checks import check_all, check_whole
+from ..solvers.agglomerative import cluster_by_distance
+from ..solvers.down_fit import shares_of
 from ..types import ExpertWeights
-from . import MERGING
 
 if TYPE_CHECKING:
-    from ..layer_tokens import LayerTokens
+    from ..observation.layer_tokens import LayerTokens
 
 CHECK_ZIPIT = check_all(
     check_whole("max_neurons", 1, "Its square times 16 bytes is the memory that a group takes."), CHECK_TOKENS

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..protection import PROTECTION
 from ..types import LayerStatistics
-from . import PROTECTION
 
 
 def check(options: dict[str, Any]) -> None:

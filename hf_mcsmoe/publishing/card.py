@@ -10,9 +10,9 @@ from transformers.models.auto import modeling_auto
 
 from ..evaluation import Evaluation
 from ..local_paths import hub_id
+from ..publishing import card_text
 from ..recipe import Recipe
 from ..recipe_reading import recipe_from_dict
-from . import card_text
 from .card_plots import card_plots, plots_of_folder
 from .report import read_report, recipe_yaml
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..decomposition import DECOMPOSITION
-from ..low_rank import DEFAULT_RANK
 from ..recipe import OPTIONAL_STEPS, PRESETS, STEPS, Recipe
 from ..recipe_reading import recipe_from_preset
+from ..solvers.low_rank import DEFAULT_RANK
 from .card_scores import NOT_EVALUATED as NOT_EVALUATED
 from .card_scores import plain, score_limits, score_sections
 

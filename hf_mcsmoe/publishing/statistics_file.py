@@ -20,7 +20,7 @@ def write_statistics(statistics: Mapping[str, Tensor], folder: str | Path) -> No
     786,432 similarities: 3.1 MB here, 15 MB there.
 
     Args:
-        statistics: See `layer_record.record_statistics`.
+        statistics: See `layer.record.record_statistics`.
         folder: Of the checkpoint; it exists.
     """
     if statistics:

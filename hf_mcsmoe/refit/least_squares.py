@@ -5,8 +5,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..gated_features import FeatureSums
-from . import REFIT
+from ..observation.gated_features import FeatureSums
+from ..refit import REFIT
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the large ones are for fewer tokens than features
 

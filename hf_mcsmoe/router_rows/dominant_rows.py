@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ..router_rows import ROUTER_ROWS
 from ..types import ExpertGroups
-from . import ROUTER_ROWS
 
 
 @ROUTER_ROWS.register("dominant_rows")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..router_rows import ROUTER_ROWS
 from ..types import ExpertGroups
-from . import ROUTER_ROWS
 from .log_sum_exp import group_logits
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..observed import sum_dtype
+from ..observation.observed import sum_dtype
+from ..router_rows import ROUTER_ROWS
 from ..types import ExpertGroups
-from . import ROUTER_ROWS
 
 RIDGE = 1e-3
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..router_rows import ROUTER_ROWS
 from ..types import ExpertGroups
-from . import ROUTER_ROWS
 
 
 @ROUTER_ROWS.register("proportional_transfer")

@@ -1,7 +1,7 @@
 """Mapped layout: the router keeps its rows, a map sends slots to stored experts."""
 
+from ..routing import ROUTING
 from ..types import ExpertGroups, Routing
-from . import ROUTING
 
 
 @ROUTING.register("mapped")

@@ -1,7 +1,7 @@
 """Native layout: the router keeps the rows of the dominant experts."""
 
+from ..routing import ROUTING
 from ..types import ExpertGroups, Routing
-from . import ROUTING
 
 
 @ROUTING.register("native")

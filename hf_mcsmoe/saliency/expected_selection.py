@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ..saliency import SALIENCY
 from ..types import ExpertWeights, LayerStatistics
-from . import SALIENCY
 
 
 @SALIENCY.register("expected_selection", needs=("top_logit_sum",))

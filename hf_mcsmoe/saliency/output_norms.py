@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..saliency import SALIENCY
 from ..types import ExpertWeights, LayerStatistics
-from . import SALIENCY
 
 
 @SALIENCY.register("gated_output_norm", needs=("selection_count", "gated_output_norm_sum"))

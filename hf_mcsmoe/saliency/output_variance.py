@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..saliency import SALIENCY
 from ..types import ExpertWeights, LayerStatistics
-from . import SALIENCY
 
 NEEDS = ("selection_count", "gate_sum", "routed_output_sum", "squared_output_norm_sum")
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ..saliency import SALIENCY
 from ..types import ExpertWeights, LayerStatistics
-from . import SALIENCY
 
 
 @SALIENCY.register("residual_change", needs=("residual_change_sum",))

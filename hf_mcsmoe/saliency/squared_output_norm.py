@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ..saliency import SALIENCY
 from ..types import ExpertWeights, LayerStatistics
-from . import SALIENCY
 from .output_norms import mean_over_routed
 
 

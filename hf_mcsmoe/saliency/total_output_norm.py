@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ..saliency import SALIENCY
 from ..types import ExpertWeights, LayerStatistics
-from . import SALIENCY
 
 
 @SALIENCY.register("total_output_norm", needs=("output_norm_sum",))

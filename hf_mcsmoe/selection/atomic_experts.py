@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
+from ..selection import SELECTION
 from ..types import LayerStatistics
-from . import SELECTION
 
 
 @SELECTION.register("atomic_experts", needs=("selection_count", "activation_energy", "neuron_gradient_energy"))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
-from . import SELECTION
+from ..selection import SELECTION
 
 
 @SELECTION.register("gated_obs")

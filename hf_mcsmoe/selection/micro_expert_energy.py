@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
+from ..selection import SELECTION
 from ..types import LayerStatistics
-from . import SELECTION
 
 
 def check(options: dict[str, Any]) -> None:

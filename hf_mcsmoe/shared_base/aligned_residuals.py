@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..barycentre import align_to_barycentre, biases_in_order, mean_of_aligned
 from ..expert_values import SharedBase
-from ..low_rank import decompose
+from ..shared_base import SHARED_BASE
 from ..shared_budget import base_budget, check_count, check_rows
+from ..solvers.barycentre import align_to_barycentre, biases_in_order, mean_of_aligned
+from ..solvers.low_rank import decompose
 from ..types import ExpertWeights
-from . import SHARED_BASE
 
 
 def check_options(options: dict[str, Any]) -> None:

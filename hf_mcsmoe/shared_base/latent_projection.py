@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..expert_values import SharedProjection
-from ..low_rank import input_metric
+from ..shared_base import SHARED_BASE
 from ..shared_budget import check_ridge, latent_size
+from ..solvers.low_rank import input_metric
 from ..types import ExpertWeights
-from . import SHARED_BASE
 from .whitened_deltas import grams_of_experts, with_ridge
 
 if TYPE_CHECKING:
-    from ..layer_tokens import LayerTokens
+    from ..observation.layer_tokens import LayerTokens
 
 
 @SHARED_BASE.register("latent_projection", shares="projection")

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..barycentre import align_to_barycentre, biases_in_order, mean_of_aligned
 from ..expert_values import PackedExperts, SharedBase
-from ..gated_features import sum_input_grams
-from ..low_rank import decompose, input_metric
+from ..observation.gated_features import sum_input_grams
+from ..shared_base import SHARED_BASE
 from ..shared_budget import base_budget, check_count, check_ridge, check_rows
+from ..solvers.barycentre import align_to_barycentre, biases_in_order, mean_of_aligned
+from ..solvers.low_rank import decompose, input_metric
 from ..types import ExpertWeights
-from . import SHARED_BASE
 
 if TYPE_CHECKING:
-    from ..layer_tokens import LayerTokens
+    from ..observation.layer_tokens import LayerTokens
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..similarity import SIMILARITY
 from ..types import ExpertWeights, LayerStatistics
-from . import SIMILARITY
 
 
 @SIMILARITY.register("mean_output_distance", needs=("every_expert_count", "every_output_sum"))

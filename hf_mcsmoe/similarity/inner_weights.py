@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..observed import sum_dtype
+from ..observation.observed import sum_dtype
+from ..similarity import SIMILARITY
 from ..types import ExpertWeights, LayerStatistics
-from . import SIMILARITY
 from .router_logits import cosines_of_gram
 
 MOST_NUMBERS = 2**24

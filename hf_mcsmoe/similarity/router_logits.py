@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..similarity import SIMILARITY
 from ..types import ExpertWeights, LayerStatistics
-from . import SIMILARITY
 
 
 @SIMILARITY.register("router_logits", needs=("logit_gram",))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..observed import EveryExpert, sum_dtype
-from . import STATISTICS
+from ..observation.observed import EveryExpert, sum_dtype
+from ..statistics import STATISTICS
 
 
 @STATISTICS.register("every_expert_count", of="every_expert")

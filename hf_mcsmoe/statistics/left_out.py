@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..observed import ChosenOutputs
-from . import STATISTICS
+from ..observation.observed import ChosenOutputs
+from ..statistics import STATISTICS
 
 
 @STATISTICS.register("chosen_gram", of="choices")

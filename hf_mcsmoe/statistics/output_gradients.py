@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..observed import ExpertTokens
-from . import STATISTICS
+from ..observation.observed import ExpertTokens
+from ..statistics import STATISTICS
 
 
 @STATISTICS.register("activation_energy", of="expert")

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ..observed import ExpertTokens
-from . import STATISTICS
+from ..observation.observed import ExpertTokens
+from ..statistics import STATISTICS
 
 
 @STATISTICS.register("output_norm_sum", of="expert")

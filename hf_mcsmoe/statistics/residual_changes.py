@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..observed import ObservedTokens, RunningExperts, sum_dtype
-from . import STATISTICS
+from ..observation.observed import ObservedTokens, RunningExperts, sum_dtype
+from ..statistics import STATISTICS
 
 
 @STATISTICS.register("residual_change_sum", of="experts", residual=True)

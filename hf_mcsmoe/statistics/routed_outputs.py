@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ..observed import ExpertTokens, ObservedTokens, sum_dtype
-from . import STATISTICS
+from ..observation.observed import ExpertTokens, ObservedTokens, sum_dtype
+from ..statistics import STATISTICS
 
 
 @STATISTICS.register("routed_output_sum", of="expert")

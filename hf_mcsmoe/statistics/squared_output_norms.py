@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ..observed import ExpertTokens, sum_dtype
-from . import STATISTICS
+from ..observation.observed import ExpertTokens, sum_dtype
+from ..statistics import STATISTICS
 
 
 @STATISTICS.register("squared_output_norm_sum", of="expert")

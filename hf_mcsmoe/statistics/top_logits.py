@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..observed import ObservedTokens, sum_dtype
-from . import STATISTICS
+from ..observation.observed import ObservedTokens, sum_dtype
+from ..statistics import STATISTICS
 
 LEAST_LOGIT = -1.0  # first choices of a lower logit do not count
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..calibration_sources import open_source
-from ..evaluation_data import load_evaluation_data
+from ..calibration.sources import open_source
+from ..evaluation.data import load_evaluation_data
 from .targets import Task
 from .token_losses import IGNORED
 

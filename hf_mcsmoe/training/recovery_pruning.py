@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..decompose import check_decomposition, decompose_merged, merged_layers
-from ..low_rank import DEFAULT_RANK, check_budget
 from ..modeling.experts import is_same_layer
 from ..modeling.forms import form_layers
 from ..modeling.forms.low_rank_sparse import LowRankSparseExperts
 from ..outcome import count
 from ..report_types import factor_sizes
 from ..sizes import form_sizes
+from ..solvers.low_rank import DEFAULT_RANK, check_budget
 from .row_pruner import count_rows, decomposed_layers, sparse_parts
 from .schedule import SparsitySchedule, warmup_steps
 from .sparsity import SparsityScheduleCallback

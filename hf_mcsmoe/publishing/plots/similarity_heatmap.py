@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ...layer_record import SIMILARITY_OF_EXPERTS
+from ...layer.record import SIMILARITY_OF_EXPERTS
 from ...recipe_reading import recipe_from_dict
 from ..report_parts import layer_numbers
 from .expert_tree import ExpertTree, expert_tree

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ...types import ExpertGroups
-from . import TREATMENTS
+from ..treatments import TREATMENTS
 
 
 @TREATMENTS.register("dominant_rows")

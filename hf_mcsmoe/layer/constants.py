@@ -1,0 +1,31 @@
+"""The constants that dropped slots of a layer add, and what they leave for its experts to give."""
+
+import dataclasses
+
+from torch import Tensor
+
+from ..constants import CONSTANTS
+from ..observation.layer_tokens import LayerTokens
+from ..recipe import Recipe
+from ..types import ExpertGroups, LayerStatistics
+
+
+def constants_of_layer(recipe: Recipe, statistics: LayerStatistics, groups: ExpertGroups) -> Tensor | None:
+    """What dropped slots of a layer add times their gates, (R, D) float64 in the order of the slots; None: nothing."""
+    dropped = groups.group_of_expert < 0
+    if recipe.constants is None or not dropped.any():
+        return None
+    return CONSTANTS[recipe.constants](statistics, **recipe.constants_options)[dropped]
+
+
+def without_constants(original: LayerTokens, tokens: LayerTokens, dropped: Tensor, constants: Tensor) -> LayerTokens:
+    """Tokens whose targets are what is left for the experts when the constants of dropped slots have been added."""
+    vectors = constants.float()
+    calibration, held_out = (
+        [
+            dataclasses.replace(b, targets=b.targets - first.gates[:, dropped] @ vectors.to(b.targets.device))
+            for first, b in zip(before, now, strict=True)
+        ]
+        for before, now in ((original.calibration, tokens.calibration), (original.held_out, tokens.held_out))
+    )
+    return dataclasses.replace(tokens, calibration=calibration, held_out=held_out)

@@ -1,0 +1,179 @@
+"""Choosing the neurons of a layer and fitting its down projections, on what the layer was given in calibration."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..expert_values import PackedExperts
+from ..observation.gated_features import (
+    Activation,
+    FeatureSums,
+    RoutedTokens,
+    apply_down,
+    dense_gates,
+    sum_expert_grams,
+    sum_features,
+)
+from ..observation.layer_inputs import LayerInputs, choice, relative_error
+from ..recipe import Recipe
+from ..refit import REFIT
+from ..selection import SELECTION
+from ..types import MoeLayer
+from .refit_by_passes import RIDGE, refit_by_passes
+from .unreached import with_unreached
+
+LEAST_SHARE = 1 / 8  # of an equal share of the neurons: what an expert keeps whatever calibration says of it
+
+MOST_JOINT_NEURONS = 8192  # of a layer: its joint Gram matrix takes 0.5 GB, its factorization as much again
+
+
+@dataclass(frozen=True, eq=False)
+class FittedExperts:
+    """Experts after selection and refit, and what held-out tokens say about the refit."""
+
+    experts: PackedExperts  # float32
+    error_before_refit: float | None  # relative squared error on held-out tokens; None: no refit, or no tokens
+    error_after_refit: float | None
+    is_refitted: bool  # False where the refit did not lower the held-out error: it was dropped
+
+
+@torch.no_grad()
+def original_output(experts: PackedExperts, activation: Activation, inputs: LayerInputs) -> list[Tensor]:
+    """What the experts of the original layer give for the kept tokens, (t, D) float32 a batch."""
+    targets = []
+    for hidden_states, index, weights in inputs.experts_inputs:
+        gates = dense_gates(index, weights, experts.num_experts)
+        empty = hidden_states.new_empty(hidden_states.shape, dtype=torch.float32)
+        targets.append(apply_down(experts, activation, RoutedTokens(hidden_states, gates, empty)))
+    return targets
+
+
+def routed_tokens(
+    layer: MoeLayer, inputs: LayerInputs, assignment: Tensor, targets: list[Tensor], *, reroute: bool
+) -> list[RoutedTokens]:
+    """What the experts of a compressed layer see and should give, batch by batch.
+
+    Args:
+        layer: With the router that the result will have.
+        inputs: What the layer was given.
+        assignment: (slots, M) float32: 1 where a slot of the router goes to an expert.
+        targets: From `original_output`.
+        reroute: The router is not the one whose choice was kept.
+    """
+    tokens = []
+    for position, (hidden_states, _, _) in enumerate(inputs.experts_inputs):
+        index, weights = choice(layer, inputs, position, reroute)
+        gates = dense_gates(index, weights, len(assignment))
+        tokens.append(RoutedTokens(hidden_states, gates @ assignment.to(gates.device), targets[position]))
+    return tokens
+
+
+@torch.no_grad()
+def fit_experts(
+    experts: PackedExperts,
+    activation: Activation,
+    recipe: Recipe,
+    num_neurons: int,
+    tokens: list[RoutedTokens],
+    held_out: list[RoutedTokens],
+    supply: Mapping[str, Callable[[], Any]] | None = None,
+) -> FittedExperts:
+    """Select neurons and refit the down projections, as the recipe says.
+
+    Args:
+        experts: M experts, float32.
+        activation: From `MoeFamily.activation`.
+        recipe: `selection` and `refit`.
+        num_neurons: How many neurons stay in all.
+        tokens: What the experts will see under the gates of the result, and what the layer should give.
+        held_out: The same for other tokens; may be empty.
+        supply: What else a selection may ask for, beside "grams".
+    """
+    if recipe.selection is not None and num_neurons < experts.num_neurons:
+        supply = {"grams": lambda: grams_of(experts, activation, tokens), **(supply or {})}
+        saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
+        saliency = saliency.to(experts.up.device)
+        is_uniform = recipe.layout == "native"
+        budget = num_neurons // experts.num_experts if is_uniform else num_neurons
+        kept = choose_neurons(saliency, experts.offsets.tolist(), budget, is_uniform)
+        experts = experts.select_neurons(kept)
+    if recipe.refit is None:
+        return FittedExperts(experts, None, None, False)
+    return refit_down(experts, activation, recipe, tokens, held_out)
+
+
+def grams_of(experts: PackedExperts, activation: Activation, tokens: list[RoutedTokens]) -> list[Tensor]:
+    """For each expert the Gram of its gated neurons, (width, width) float64, also where no token reached it."""
+    return with_unreached(sum_expert_grams(experts, activation, tokens), experts, activation, tokens)
+
+
+def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uniform: bool) -> Tensor:
+    """The most salient neurons, (P',) int64 ascending; ties go to the lower one.
+
+    Args:
+        saliency: (P,).
+        offsets: Where experts start, M + 1 numbers.
+        budget: Neurons that stay, of all experts together; with `is_uniform` of each expert.
+        is_uniform: Every expert keeps the same number. Otherwise each keeps at least `LEAST_SHARE` of what it would
+            have if all kept the same, rounded down: calibration data is never all that a model is used for.
+    """
+    least = budget if is_uniform else math.floor(LEAST_SHARE * budget / (len(offsets) - 1))
+    kept = [
+        start + saliency[start:end].argsort(descending=True, stable=True)[:least]
+        for start, end in itertools.pairwise(offsets)
+    ]
+    kept = torch.cat(kept)
+    if not is_uniform:
+        is_left = torch.ones_like(saliency, dtype=torch.bool).index_fill(0, kept, False)
+        ranked = saliency.argsort(descending=True, stable=True)
+        kept = torch.cat([kept, ranked[is_left[ranked]][: budget - kept.numel()]])
+    return kept.sort().values
+
+
+@torch.no_grad()
+def refit_down(
+    experts: PackedExperts,
+    activation: Activation,
+    recipe: Recipe,
+    tokens: list[RoutedTokens],
+    held_out: list[RoutedTokens],
+) -> FittedExperts:
+    """The experts with new down projections, unless held-out tokens say that the old ones were better.
+
+    Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`, which takes the first of the
+    option `ridges`.
+    """
+    if experts.num_neurons > MOST_JOINT_NEURONS:
+        ridge = recipe.refit_options.get("ridges", (RIDGE,))[0]
+        fitted = dataclasses.replace(experts, down=refit_by_passes(experts, activation, tokens, ridge).float())
+        before, after = (relative_output_error(one, activation, held_out) for one in (experts, fitted))
+    else:
+        sums = sum_features(experts, activation, tokens)
+        others = sum_features(experts, activation, held_out) if held_out else None
+        down = experts.down.to(sums.gram.dtype)
+        best = REFIT[recipe.refit](sums, others, experts.offsets.tolist(), down, **recipe.refit_options)
+        fitted = dataclasses.replace(experts, down=best.float())
+        before, after = (relative(others, candidate) for candidate in (down, best))
+    if before is not None and after >= before:
+        return FittedExperts(experts, before, after, False)
+    return FittedExperts(fitted, before, after, True)
+
+
+@torch.no_grad()
+def relative_output_error(experts: PackedExperts, activation: Activation, tokens: list[RoutedTokens]) -> float | None:
+    """Squared error over energy of the targets, token by token; None without tokens or where all targets are zero."""
+    targets = [batch.targets for batch in tokens]
+    return relative_error(targets, [apply_down(experts, activation, batch) for batch in tokens])
+
+
+def relative(sums: FeatureSums | None, down: Tensor) -> float | None:
+    """Squared error over energy of the targets; None without tokens or where the targets are all zero."""
+    if sums is None or sums.energy <= 0:
+        return None
+    return max(0.0, sums.error(torch.arange(len(down), device=down.device), down)) / sums.energy

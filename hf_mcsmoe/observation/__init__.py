@@ -1,0 +1,1 @@
+"""What layers did on calibration tokens, as values that steps read."""

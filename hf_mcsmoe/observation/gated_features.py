@@ -1,0 +1,229 @@
+"""The output of a layer as a linear map of its gated neurons, and the sums that fit and judge such a map.
+
+T tokens, M experts, P neurons of all experts, D hidden size. The routed experts of a layer compute
+
+    y_t = sum over neurons a of  phi_t[a] down[a],     phi_t[a] = g_t[expert of a] * activation_a(x_t)
+
+where g are the weights that the block applies: 0 where the router did not choose the expert. So for fixed inner
+matrices the best `down` is a least-squares problem, jointly for all experts, and removing a neuron is removing a
+column of the features phi.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..expert_values import PackedExperts
+from .observed import sum_dtype
+
+CHUNK_TOKENS = 8192  # features of so many tokens are held at a time: T k I numbers
+
+Activation = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedTokens:
+    """Tokens, the weights of the experts they go to, and what the layer should give for them."""
+
+    hidden_states: Tensor  # (t, D)
+    gates: Tensor  # (t, M): 0 where an expert does not see the token; slots of one expert are summed
+    targets: Tensor  # (t, D)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSums:
+    """Sums over tokens: all that a least-squares fit of `down` needs. float64.
+
+    Memory: 8 P^2 + 8 P D bytes.
+    """
+
+    gram: Tensor  # (P, P): sum of phi phi^T
+    cross: Tensor  # (P, D): sum of phi y^T
+    energy: float  # sum of |y|^2
+    num_tokens: int
+
+    def error(self, kept: Tensor, down: Tensor) -> float:
+        """Sum over the tokens of |y - phi[kept] down|^2.
+
+        Args:
+            kept: Neurons that are there, (P',) int64.
+            down: (P', D) float64.
+        """
+        gram = self.gram[kept[:, None], kept]
+        return self.energy - 2 * (down * self.cross[kept]).sum().item() + (down * (gram @ down)).sum().item()
+
+
+def dense_gates(index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """The weight of each expert for each token, (T, M) float32, from `index` (T, k) and `weights` (T, k).
+
+    Experts that a token has twice get the sum of both weights; index M and -1 are no expert.
+    """
+    gates = weights.new_zeros(index.shape[0], num_experts + 1, dtype=torch.float32)
+    is_expert = (index >= 0) & (index < num_experts)
+    gates.scatter_add_(1, index.masked_fill(~is_expert, num_experts), weights.float())
+    return gates[:, :num_experts]
+
+
+def features_of_experts(
+    experts: PackedExperts, activation: Activation, hidden_states: Tensor, gates: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """For each expert (its tokens (t,) int64 ascending, their features (t, width) float32)."""
+    offsets = experts.offsets.tolist()
+    found = []
+    for expert in range(experts.num_experts):
+        neurons = slice(offsets[expert], offsets[expert + 1])
+        tokens = gates[:, expert].nonzero().flatten()
+        inputs = hidden_states[tokens].float()
+        up, gate = (project(experts, name, neurons, inputs) for name in ("up", "gate"))
+        found.append((tokens, activation(up, gate) * gates[tokens, expert, None]))
+    return found
+
+
+def project(experts: PackedExperts, name: str, neurons: slice, inputs: Tensor) -> Tensor | None:
+    """Product of inputs (t, D) with rows of `up` or `gate`, with their biases, float32; None where there is none."""
+    matrix, bias = getattr(experts, name), getattr(experts, f"{name}_bias")
+    if matrix is None:
+        return None
+    return linear(inputs, matrix[neurons].float(), bias[neurons].float() if bias is not None else None)
+
+
+def output_of_biases(experts: PackedExperts, gates: Tensor) -> Tensor | None:
+    """What the biases after `down` add to the output, (T, D) float32; None without such biases."""
+    return None if experts.down_bias is None else gates @ experts.down_bias.float()
+
+
+@torch.no_grad()
+def sum_expert_grams(experts: PackedExperts, activation: Activation, batches: Iterable[RoutedTokens]) -> list[Tensor]:
+    """For each expert the sum of phi phi^T over its tokens, (width, width) float64: the diagonal of `sum_features`.
+
+    Memory: 8 bytes times the sum of the squared widths. Time: T k I^2.
+    """
+    widths, device = experts.widths.tolist(), experts.up.device
+    grams = [torch.zeros(width, width, dtype=sum_dtype(device), device=device) for width in widths]
+    for batch in in_chunks(batches):
+        found = features_of_experts(experts, activation, batch.hidden_states.to(device), batch.gates.to(device))
+        for gram, (_, features) in zip(grams, found, strict=True):
+            gram += (features.T @ features).to(gram.dtype)
+    return grams
+
+
+@torch.no_grad()
+def sum_input_grams(
+    experts: PackedExperts, activation: Activation, batches: Iterable[RoutedTokens]
+) -> dict[str, list[Tensor]]:
+    """For each matrix of each expert the sum of the outer products of what it is multiplied with.
+
+    A token counts once for each expert that it goes to, without the gate.
+
+    Returns:
+        "up", and "gate" where there is one: (D, D) for each expert; "down": (width, width). float64. Memory:
+        8 bytes times M (D^2 + I^2).
+    """
+    device, dtype, hidden = experts.up.device, sum_dtype(experts.up.device), experts.up.shape[1]
+    inward = [torch.zeros(hidden, hidden, dtype=dtype, device=device) for _ in range(experts.num_experts)]
+    outward = [torch.zeros(width, width, dtype=dtype, device=device) for width in experts.widths.tolist()]
+    for batch in in_chunks(batches):
+        hidden_states, is_routed = batch.hidden_states.to(device), (batch.gates.to(device) != 0).float()
+        found = features_of_experts(experts, activation, hidden_states, is_routed)
+        for expert, (tokens, features) in enumerate(found):
+            inputs = hidden_states[tokens].float()
+            inward[expert] += (inputs.T @ inputs).to(dtype)
+            outward[expert] += (features.T @ features).to(dtype)
+    names = ("up",) if experts.gate is None else ("gate", "up")
+    return dict.fromkeys(names, inward) | {"down": outward}
+
+
+def in_chunks(batches: Iterable[RoutedTokens]) -> Iterator[RoutedTokens]:
+    """The same tokens in pieces of at most `CHUNK_TOKENS`: long batches are cut, short ones joined.
+
+    Every piece costs a product for each pair of experts, however few tokens it has.
+    """
+    waiting, num_waiting = [], 0
+    for batch in batches:
+        for part in chunks(batch.gates.shape[0]):
+            piece = RoutedTokens(batch.hidden_states[part], batch.gates[part], batch.targets[part])
+            if num_waiting + len(piece.gates) > CHUNK_TOKENS:
+                yield joined(waiting)
+                waiting, num_waiting = [], 0
+            waiting.append(piece)
+            num_waiting += len(piece.gates)
+    if waiting:
+        yield joined(waiting)
+
+
+def joined(pieces: list[RoutedTokens]) -> RoutedTokens:
+    """Pieces one after another; one alone is not copied."""
+    if len(pieces) == 1:
+        return pieces[0]
+    names = [field.name for field in dataclasses.fields(RoutedTokens)]
+    return RoutedTokens(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in names))
+
+
+def chunks(num_tokens: int) -> list[slice]:
+    """The slices of at most `CHUNK_TOKENS` tokens that make up `num_tokens`."""
+    return [slice(start, start + CHUNK_TOKENS) for start in range(0, num_tokens, CHUNK_TOKENS)]
+
+
+@torch.no_grad()
+def sum_features(experts: PackedExperts, activation: Activation, batches: Iterable[RoutedTokens]) -> FeatureSums:
+    """Add up the features of all tokens; only pairs of experts that share tokens are multiplied.
+
+    Products are float32 in batches, sums float64 (float32 where the device has no float64). Time: T (k I)^2.
+
+    Args:
+        experts: Their inner matrices; `down` is not read, `down_bias` counts as fixed.
+        activation: From `MoeFamily.activation`.
+        batches: Of any size; about `CHUNK_TOKENS` tokens are handled at a time.
+    """
+    neurons, hidden = experts.up.shape
+    device, dtype = experts.up.device, sum_dtype(experts.up.device)
+    gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
+    cross = torch.zeros(neurons, hidden, dtype=dtype, device=device)
+    energy, num_tokens = torch.zeros((), dtype=dtype, device=device), 0
+    for batch in in_chunks(batches):
+        num_tokens += batch.gates.shape[0]
+        gates, targets = batch.gates.to(device), batch.targets.to(device).float()
+        constant = output_of_biases(experts, gates)
+        targets = targets if constant is None else targets - constant
+        energy += targets.to(dtype).square().sum()
+        found = features_of_experts(experts, activation, batch.hidden_states.to(device), gates)
+        add_products(found, targets, experts.offsets.tolist(), gram, cross)
+    gram = gram.triu() + gram.triu(1).T
+    return FeatureSums(gram, cross, energy.item(), num_tokens)
+
+
+def add_products(
+    found: list[tuple[Tensor, Tensor]], targets: Tensor, offsets: list[int], gram: Tensor, cross: Tensor
+) -> None:
+    """Add the upper blocks of phi^T phi, and phi^T y, of one chunk of tokens to `gram` and `cross`."""
+    position = torch.full((len(found), targets.shape[0]), -1, device=targets.device)
+    for expert, (tokens, _) in enumerate(found):
+        position[expert, tokens] = torch.arange(tokens.numel(), device=targets.device)
+    for expert, (tokens, features) in enumerate(found):
+        rows = slice(offsets[expert], offsets[expert + 1])
+        if not tokens.numel() or rows.start == rows.stop:
+            continue
+        cross[rows] += (features.T @ targets[tokens]).to(cross.dtype)
+        gram[rows, rows] += (features.T @ features).to(gram.dtype)
+        for other in range(expert + 1, len(found)):
+            columns = slice(offsets[other], offsets[other + 1])
+            shared = position[other, tokens]
+            both = (shared >= 0).nonzero().flatten()
+            if both.numel() and columns.start < columns.stop:
+                product = features[both].T @ found[other][1][shared[both]]
+                gram[rows, columns] += product.to(gram.dtype)
+
+
+def apply_down(experts: PackedExperts, activation: Activation, batch: RoutedTokens) -> Tensor:
+    """What experts give for the tokens of a batch, (t, D) float32."""
+    output = output_of_biases(experts, batch.gates)
+    output = torch.zeros_like(batch.targets, dtype=torch.float32) if output is None else output
+    offsets = experts.offsets.tolist()
+    found = features_of_experts(experts, activation, batch.hidden_states, batch.gates)
+    for expert, (tokens, features) in enumerate(found):
+        output.index_add_(0, tokens, features @ experts.down[offsets[expert] : offsets[expert + 1]].float())
+    return output

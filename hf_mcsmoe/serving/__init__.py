@@ -1,0 +1,1 @@
+"""Mapped checkpoints in other runtimes."""
