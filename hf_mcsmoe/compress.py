@@ -15,19 +15,21 @@ from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
 from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
 from .executors.gradients import check_gradients
+from .executors.processes import FailingTogether, Processes, current, device_map_of, in_all_processes
 from .families import find_layers, reading_part
 from .layouts import check_layout, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .pipeline import compress_in_memory
 from .planning import plan
 from .recipe import PRESETS, Recipe
-from .recipe_reading import recipe_from_preset, recipe_from_yaml
+from .recipe_reading import recipe_from_preset, recipe_from_yaml, resolved
 from .saved_statistics import SavedStatistics, open_statistics
 from .types import CompressionReport
 
 logger = logging.get_logger(__name__)
 
 
+@in_all_processes
 def compress_moe(
     model: PreTrainedModel | str | Path,
     config: MergedSparseMoeConfig | Recipe | str | Path = "m-smoe",
@@ -48,6 +50,10 @@ def compress_moe(
     hidden_states_bytes: int = 2**30,
 ) -> PreTrainedModel:
     """Compress the experts of a sparse MoE model, in place where `model` is an object, layer by layer.
+
+    Under `torchrun` or `accelerate launch`, or with a group of torch.distributed, call it in all processes: each holds
+    the model, runs its part of the calibration batches and compresses its part of the layers; the result is that of
+    one process up to the order of float64 sums, in all of them. The first one writes `output_dir`.
 
     Args:
         model: A model in any device map that Accelerate makes, or a folder or Hub id to load.
@@ -86,11 +92,13 @@ def compress_moe(
     """
     from .executors import streaming  # here, because it is built on what this file offers
 
-    start = time.perf_counter()
+    start, processes = time.perf_counter(), current()
+    progress = progress and processes.is_first
     recipe = as_recipe(config)
     path = model if isinstance(model, str | Path) else None
     unpacking = None
-    streams = streaming.choose_executor(executor_for(recipe, executor), path, output_dir, device_map)
+    executor = executor_for(recipe, executor_of(processes, executor))
+    streams = streaming.choose_executor(executor, path, output_dir, device_map)
     output = check_output_folder(output_dir, overwrite or (streams and streaming.is_published(output_dir)))
     if path is not None:
         config_of_path = read_config(path, trust_remote_code=trust_remote_code)
@@ -107,6 +115,7 @@ def compress_moe(
         check_free_space(output, plan(described, recipe).total_bytes_after - done)
     reading = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
     data = open_calibration(calibration, tokenizer, recipe, described, streams=streams, **reading)
+    check_same(processes, [recipe], data, described)
     if streams:
         how = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "progress": progress}
         how |= {"hidden_states_bytes": hidden_states_bytes, "trust_remote_code": trust_remote_code}
@@ -116,15 +125,49 @@ def compress_moe(
         device_map = "auto"
     if path is not None:
         how = {"quantization_config": unpacking} if unpacking is not None else {}
-        model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **how)
+        how |= {"device_map": device_map_of(processes, device_map), "trust_remote_code": trust_remote_code}
+        model = load_model(path, dtype=dtype, **how)
     if isinstance(data, SavedStatistics):
         data.check_model(model)
     report = compress_loaded(model, recipe, data, progress=progress, start=start)
     if unpacking is not None:
         note_unpacking(model, unpacking, report)
-    if output is not None:
+    if output is not None and processes.is_first:
         save_checkpoint(model, report, output, tokenizer=tokenizer, overwrite=overwrite)
     return model
+
+
+def executor_of(processes: Processes, executor: str) -> str:
+    """The executor of several processes: the one that holds the model in memory.
+
+    Raises:
+        ValueError: The other one is asked for.
+    """
+    if processes.is_alone:
+        return executor
+    if executor == "streaming":
+        raise ValueError(
+            f"executor is 'streaming', but {processes.count} processes share the work, which only the executor "
+            "'in_memory' can. Run one process, or use executor='in_memory'."
+        )
+    return "in_memory" if executor == "auto" else executor
+
+
+def check_same(
+    processes: Processes, recipes: list[Recipe], data: Calibration | SavedStatistics, model: PreTrainedModel
+) -> None:
+    """Refuse, before anything runs, processes whose recipes, calibration data or models differ.
+
+    Raises:
+        ValueError: They do.
+    """
+    if processes.is_alone:
+        return
+    batches = [tuple(batch.token_mask.shape) for batch in data.batches] if isinstance(data, Calibration) else []
+    calibration = [data.fingerprint()["sha256"], batches]
+    layers = [(layer.name, layer.num_slots, layer.intermediate_size) for layer in find_layers(model)]
+    asked = [resolved(recipe) for recipe in recipes]
+    processes.check_same({"recipe": asked, "calibration": calibration, "model": layers})
 
 
 def open_calibration(
@@ -204,7 +247,8 @@ def compress_loaded(
         return compress_in_memory(model, request, data, progress=progress, start=start)
 
     def compress(copied: PreTrainedModel, candidate: Recipe) -> None:
-        compress_in_memory(copied, candidate, data, progress=False, start=start)
+        with FailingTogether(current()):  # what one of several processes cannot do is skipped in all of them
+            compress_in_memory(copied, candidate, data, progress=False, start=start)
 
     recipe, trials = choose_recipe(model, request, data, compress, progress=progress)
     compress_in_memory(model, recipe, data, progress=progress, start=start)
