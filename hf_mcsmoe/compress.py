@@ -134,6 +134,7 @@ def compress_moe(
         note_unpacking(model, unpacking, report)
     if output is not None and processes.is_first:
         save_checkpoint(model, report, output, tokenizer=tokenizer, overwrite=overwrite)
+    processes.agree()  # the checkpoint is complete
     return model
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .config import FORMAT_VERSION
+from .executors.processes import current
 from .modeling.merged_model import merged_class
 from .modeling.native_width import NativeFields, adopt_native
 from .peak_memory import peak_memory
@@ -80,6 +81,7 @@ def conclude(
         active_parameters_before=active_before,
         active_parameters_after=active_before + active_change(layers, reports, after[0] - before[0], used_again),
         peak_memory=peak_memory(),
+        num_processes=current().count,
         statistics=statistics or {},
     )
 

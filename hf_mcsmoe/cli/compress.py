@@ -7,6 +7,7 @@ import typer
 
 from ..cli import options
 from .tables import before_after, human, human_bytes, print_table
+from .together import together
 
 if TYPE_CHECKING:
     from ..planning import ModelPlan
@@ -52,27 +53,28 @@ def compress_command(
     from ..compress import compress_moe
     from ..planning import plan
 
-    recipe, found = options.fitted(recipe, model, fit, context_length, rows, keep, num_experts, trust_remote_code)
-    if found is not None:
-        typer.echo(str(found))
-    show_plan(plan(model, recipe, trust_remote_code=trust_remote_code))
-    result = compress_moe(
-        model,
-        recipe,
-        calibration=calibration,
-        output_dir=output,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        overwrite=overwrite,
-        dtype=dtype,
-        device_map=device_map,
-        executor=executor,
-        trust_remote_code=trust_remote_code,
-    )
-    show(result.compression_report)
-    show_loading(output, recipe.layout)
-    typer.echo(f"Report with plots: {output / 'compression_report.html'}")
+    with together():
+        recipe, found = options.fitted(recipe, model, fit, context_length, rows, keep, num_experts, trust_remote_code)
+        if found is not None:
+            typer.echo(str(found))
+        show_plan(plan(model, recipe, trust_remote_code=trust_remote_code))
+        result = compress_moe(
+            model,
+            recipe,
+            calibration=calibration,
+            output_dir=output,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            dtype=dtype,
+            device_map=device_map,
+            executor=executor,
+            trust_remote_code=trust_remote_code,
+        )
+        show(result.compression_report)
+        show_loading(output, recipe.layout)
+        typer.echo(f"Report with plots: {output / 'compression_report.html'}")
 
 
 def show_plan(planned: "ModelPlan") -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 Value = TypeVar("Value")
 Error = TypeVar("Error", bound=BaseException)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torchrun and accelerate launch
+# What is wrong with the input; callers tell these from failures of the program.
+SPOKEN = {"ValueError": ValueError, "TypeError": TypeError, "OSError": OSError, "ImportError": ImportError}
 LONGEST_WAIT = timedelta(days=30)  # one process may merge layers for hours while the others have nothing left to do
 
 
@@ -71,7 +73,7 @@ class Processes:
         """What each process has, plain containers and numbers, by rank.
 
         Raises:
-            ValueError: Another process failed with one.
+            ValueError: Another process failed with one; so with the other `SPOKEN` errors.
             RuntimeError: Another process failed with anything else.
         """
         return [value] if self.is_alone else self._exchange(value, None)
@@ -86,12 +88,15 @@ class Processes:
             self._exchange(None, error)
 
     def _exchange(self, value: Value, error: BaseException | None) -> list[Value]:
-        told = None if error is None else (isinstance(error, ValueError), f"{type(error).__name__}: {error}")
+        told = None
+        if error is not None:
+            kind = next((name for name, one in SPOKEN.items() if isinstance(error, one)), None)
+            told = kind, f"{type(error).__name__}: {error}"
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, (told, value), group=self.group)
         for rank, (failure, _) in enumerate(found):
             if failure is not None and error is None:
-                kind = ValueError if failure[0] else RuntimeError
+                kind = SPOKEN.get(failure[0], RuntimeError)
                 raise note_known(kind(f"Process {rank} of {self.count} failed with {failure[1]}"))
         return [value for _, value in found]
 
