@@ -17,6 +17,7 @@ from .executors.kept_inputs import collect_first, visits
 from .executors.processes import current, device_map_of, in_all_processes
 from .executors.wanted import Wanted, wanted_by_all
 from .families import find_layers, reading_part, tied_layers
+from .fitting import resolve_fit
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .recipe import Recipe
 from .saved_statistics import SavedStatistics, fingerprint_of, write_header, write_layer
@@ -81,6 +82,7 @@ def calibrate_moe(
             read_config(model, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
         )
         tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
+    requests = [resolve_fit(described, request, dtype=dtype)[0] for request in requests]
     for request in requests:
         check_model(described, request)
     data = load_calibration(

@@ -1,5 +1,6 @@
 """compress_moe: the whole pipeline, from the user's model to a smaller one."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .dequantize import dequantizing_config, forget_unpacking, method_name, refu
 from .executors.gradients import check_gradients
 from .executors.processes import FailingTogether, Processes, current, device_map_of, in_all_processes
 from .families import find_layers, reading_part
+from .fitting import resolve_fit
 from .layouts import check_layout, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .pipeline import compress_in_memory
@@ -107,6 +109,8 @@ def compress_moe(
         tokenizer = tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code)
     else:
         described = model
+    check_kind(described)
+    recipe, fit = resolve_fit(described, recipe, dtype=dtype)
     check_model(described, recipe)
     if path is None:
         refuse_quantized(model)
@@ -118,7 +122,7 @@ def compress_moe(
     check_same(processes, [recipe], data, described)
     if streams:
         how = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "progress": progress}
-        how |= {"hidden_states_bytes": hidden_states_bytes, "trust_remote_code": trust_remote_code}
+        how |= {"hidden_states_bytes": hidden_states_bytes, "trust_remote_code": trust_remote_code, "fit": fit}
         result = streaming.stream_if_possible(path, config_of_path, recipe, data, output, **how)
         if result is not None:
             return result
@@ -130,6 +134,8 @@ def compress_moe(
     if isinstance(data, SavedStatistics):
         data.check_model(model)
     report = compress_loaded(model, recipe, data, progress=progress, start=start)
+    if fit is not None:
+        report = model.compression_report = dataclasses.replace(report, fit=fit.to_dict())
     if unpacking is not None:
         note_unpacking(model, unpacking, report)
     if output is not None and processes.is_first:
@@ -227,17 +233,22 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
         TypeError: Not a model of transformers.
         ValueError: Already compressed, or not fit for the recipe.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
-            "Merge adapters first (merge_and_unload) if it is a PEFT model."
-        )
+    check_kind(model)
     if recipe.preset == AUTO:
         check_auto(model, recipe)
     else:
         layers = find_layers(model)
         check_layout(layers, recipe, model=model)
         check_gradients(model, resolve_layers(layers, recipe)[0], recipe.statistics_with("gradients"))
+
+
+def check_kind(model: Any) -> None:
+    """Raise TypeError for anything but a model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
+            "Merge adapters first (merge_and_unload) if it is a PEFT model."
+        )
 
 
 def compress_loaded(

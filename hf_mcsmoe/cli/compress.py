@@ -25,8 +25,8 @@ def compress_command(
     allocation: options.Allocation = None,
     exclude_layer: options.ExcludeLayer = None,
     fit: options.Fit = None,
-    context_length: options.ContextLength = 4096,
-    rows: options.Rows = 1,
+    context_length: options.ContextLength = None,
+    rows: options.Rows = None,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
     calibration: options.Calibration = None,
@@ -48,16 +48,16 @@ def compress_command(
     Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl --device-map auto
     """
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
-    factors = {"rank": rank, "keep_rows": keep_rows}
+    factors = {"rank": rank, "keep_rows": keep_rows, "fit": fit, "context_length": context_length, "rows": rows}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, seed=seed, **budget, **factors)
     from ..compress import compress_moe
     from ..planning import plan
 
     with together():
-        recipe, found = options.fitted(recipe, model, fit, context_length, rows, keep, num_experts, trust_remote_code)
+        resolved, found = options.fitted(recipe, model, trust_remote_code, dtype)
         if found is not None:
             typer.echo(str(found))
-        show_plan(plan(model, recipe, trust_remote_code=trust_remote_code))
+        show_plan(plan(model, resolved, trust_remote_code=trust_remote_code))
         result = compress_moe(
             model,
             recipe,

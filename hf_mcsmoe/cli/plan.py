@@ -22,8 +22,8 @@ def plan_command(
     allocation: options.Allocation = None,
     exclude_layer: options.ExcludeLayer = None,
     fit: options.Fit = None,
-    context_length: options.ContextLength = 4096,
-    rows: options.Rows = 1,
+    context_length: options.ContextLength = None,
+    rows: options.Rows = None,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
     as_json: options.Json = False,
@@ -34,11 +34,11 @@ def plan_command(
     Example: hf-mcsmoe plan Qwen/Qwen3-30B-A3B --config m-smoe --keep 0.5 --layout native
     """
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
-    factors = {"rank": rank, "keep_rows": keep_rows}
+    factors = {"rank": rank, "keep_rows": keep_rows, "fit": fit, "context_length": context_length, "rows": rows}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, **budget, **factors)
     from ..planning import plan
 
-    recipe, found = options.fitted(recipe, model, fit, context_length, rows, keep, num_experts, trust_remote_code)
+    recipe, found = options.fitted(recipe, model, trust_remote_code)
     result = plan(model, recipe, trust_remote_code=trust_remote_code)
     if found is not None and not as_json:
         typer.echo(str(found))

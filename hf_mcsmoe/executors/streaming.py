@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..allocation import ALLOCATION
 from ..calibration import Calibration
 from ..families import find_layers
+from ..fitting import Fit
 from ..layer.protection import check_room, protected_experts, with_protected
 from ..layouts import budget_of_layer, native_target, resolve_layers
 from ..loading import empty_model, read_config
@@ -57,6 +58,7 @@ def compress_by_streaming(
     hidden_states_bytes: int = HIDDEN_STATES_BYTES,
     progress: bool = True,
     trust_remote_code: bool = False,
+    fit: Fit | None = None,
 ) -> PreTrainedModel:
     """Compress a checkpoint into the folder `output`, with the same result as `compress_in_memory`.
 
@@ -78,6 +80,7 @@ def compress_by_streaming(
         hidden_states_bytes: Most bytes of calibration hidden states to keep in RAM.
         progress: Show progress bars.
         trust_remote_code: Whether the model's own Python file would be run; such models are not streamed.
+        fit: For the report: how the recipe's `keep` was found.
 
     Returns:
         The compressed model with its weights on the meta device (load `output` to run it), and the attributes
@@ -117,7 +120,7 @@ def compress_by_streaming(
             stream(run, one_pass)
             reports, layouts, recorded = run.results()
             totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
-            totals |= {"active_before": active, "statistics": recorded}
+            totals |= {"active_before": active, "statistics": recorded, "fit": fit}
             conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
             journal.append({"step": "published", "layer": 0})
