@@ -14,7 +14,7 @@ from .auto_candidates import AUTO
 from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
-from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
+from .dequantize import dequantizing_config, forget_unpacking, refuse_quantized, unpacking_notice
 from .executors.gradients import check_gradients
 from .executors.processes import FailingTogether, Processes, current, device_map_of, in_all_processes
 from .families import find_layers, reading_part
@@ -201,7 +201,7 @@ def open_calibration(
 def note_unpacking(model: PreTrainedModel, unpacking: Any, report: CompressionReport) -> None:
     """Say that a quantized checkpoint was unpacked, and let the model forget how."""
     forget_unpacking(model)
-    notice = f"The checkpoint was quantized ({method_name(unpacking)}); the result is in {model.dtype}."
+    notice = unpacking_notice(unpacking, model.dtype)
     logger.warning(notice)
     report.warnings.append(notice)
 

@@ -66,9 +66,7 @@ def kept_bytes(layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
     fitted = min(recipe.fit_tokens, work.num_tokens) if wanted.keeps_tokens else 0
     together = max(groups_of_layers(layers, work, wanted), key=len)
     of_group = sum(fitted * bytes_per_token(layer) for layer in together)
-    return of_group + sum(
-        held_out * bytes_per_token(layer) for layer in (layers if not wanted.sequential else together)
-    )
+    return of_group + sum(held_out * bytes_per_token(layer) for layer in layers)
 
 
 def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Workload) -> int:

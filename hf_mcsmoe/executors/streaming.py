@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..allocation import ALLOCATION
 from ..calibration import Calibration
+from ..dequantize import dequantizing_config, method_name, unpacking_notice, unpacking_of_layers
 from ..families import find_layers
 from ..fitting import Fit
 from ..layer.protection import check_room, protected_experts, with_protected
@@ -96,7 +97,8 @@ def compress_by_streaming(
         raise NotStreamableError("its recipe is sequential")
     if recipe.statistics_with("gradients"):
         raise NotStreamableError("its recipe needs gradients of the loss, through all layers at once")
-    shards = Shards(path)
+    packed = dequantizing_config(config)
+    shards = Shards(path, unpacking_of_layers(packed) if packed is not None else None)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
     layers, excluded = resolve_layers(find_layers(model), recipe)
@@ -119,7 +121,8 @@ def compress_by_streaming(
             summary.num_decoder_layers = len(run.stack)
             stream(run, one_pass)
             reports, layouts, recorded = run.results()
-            totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
+            notices = [] if packed is None else [unpacking_notice(packed, model.dtype)]
+            totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": notices}
             totals |= {"active_before": active, "statistics": recorded, "fit": fit}
             conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
             run.output.finish(model, run.written(), totals["after"][0])
@@ -137,8 +140,9 @@ def compress_by_streaming(
 
 def check_streamable(config: PreTrainedConfig, trust_remote_code: bool) -> None:
     """Raise NotStreamableError for what the configuration alone rules out."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotStreamableError("its weights are quantized")
+    packed = dequantizing_config(config)
+    if packed is not None and unpacking_of_layers(packed) is None:
+        raise NotStreamableError(f"its weights are quantized ({method_name(packed)})")
     if trust_remote_code and getattr(config, "auto_map", None):
         raise NotStreamableError("it brings its own code")
 
