@@ -193,6 +193,38 @@ def test_options_make_a_recipe():
     assert build_recipe(keep_rows=0.3).decomposition_options == {"keep_rows": 0.3}
 
 
+def test_any_field_of_a_recipe_can_be_set():
+    settings = ["protect=super_experts", "sequential=true", "refit_options.ridges=[0.1, 1e-3]", "fit_tokens=512"]
+    recipe = build_recipe(preset="joint-obs", keep=0.25, settings=settings)
+    expected = {"protect": "super_experts", "sequential": True, "fit_tokens": 512}
+    assert recipe == recipe_from_preset("joint-obs", keep=0.25, refit_options={"ridges": [0.1, 1e-3]}, **expected)
+    changed = build_recipe(preset="mc-smoe", settings=["decomposition_options.rank=4"])
+    assert changed.decomposition_options == {**build_recipe(preset="mc-smoe").decomposition_options, "rank": 4}
+    assert build_recipe(preset="mc-smoe", settings=["decomposition=null", "decomposition_options={}"]).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["router"], r"--set 'router' must be FIELD=VALUE"),
+        (["router.rows=1"], r"must be FIELD=VALUE or STEP_options.OPTION=VALUE"),
+        (["fit_tokens=1", "fit_tokens=2"], r"'fit_tokens' is given twice"),
+        (["layout=native"], r"'layout' is given twice, or has an option"),
+        (["preset=reap"], r"'preset' is given twice, or has an option"),
+        (["refit_options={"], r"'\{' is not valid YAML"),
+        (["fit_token=1"], r"no field 'fit_token'.*Did you mean 'fit_tokens'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_recipe(preset="joint-obs", layout="mapped", settings=settings)
+
+
+def test_plan_takes_any_field(tiny):
+    values = json.loads(succeed("plan", tiny, "--set", "merging=average", "--set", "seed=7", "--json"))
+    assert (values["recipe"]["merging"], values["recipe"]["seed"]) == ("average", 7)
+
+
 def test_compress_writes_what_plan_predicted(tiny, compressed):
     folder, text = compressed
     assert "Plan: 75.8 k -> 48.1 k parameters" in text  # 75,792 - 3 * 4 * 3 * 24 * 32

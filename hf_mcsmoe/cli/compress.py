@@ -28,6 +28,7 @@ def compress_command(
     rows: options.Rows = 1,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
+    settings: options.Set = None,
     calibration: options.Calibration = None,
     num_samples: options.NumSamples = None,
     sequence_length: options.SequenceLength = None,
@@ -47,7 +48,7 @@ def compress_command(
     Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl --device-map auto
     """
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
-    factors = {"rank": rank, "keep_rows": keep_rows}
+    factors = {"rank": rank, "keep_rows": keep_rows, "settings": settings}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, seed=seed, **budget, **factors)
     from ..compress import compress_moe
     from ..planning import plan
