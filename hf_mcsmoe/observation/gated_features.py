@@ -142,11 +142,12 @@ def sum_input_grams(
     device, dtype, hidden = experts.up.device, sum_dtype(experts.up.device), experts.up.shape[1]
     inward = [torch.zeros(hidden, hidden, dtype=dtype, device=device) for _ in range(experts.num_experts)]
     outward = [torch.zeros(width, width, dtype=dtype, device=device) for width in experts.widths.tolist()]
+    slices = [slice(*pair) for pair in itertools.pairwise(experts.offsets.tolist())]
     for batch in in_chunks(batches):
-        hidden_states, is_routed = batch.hidden_states.to(device), (batch.gates.to(device) != 0).float()
-        found = features_of_experts(experts, activation, hidden_states, is_routed)
-        for expert, (tokens, features) in enumerate(found):
-            inputs = hidden_states[tokens].float()
+        hidden_states, gates = batch.hidden_states.to(device), batch.gates.to(device)
+        for expert, neurons in enumerate(slices):
+            inputs = hidden_states.index_select(0, gates[:, expert].nonzero().flatten()).float()
+            features = activation(*(project(experts, name, neurons, inputs) for name in ("up", "gate")))
             inward[expert] += (inputs.T @ inputs).to(dtype)
             outward[expert] += (features.T @ features).to(dtype)
     names = ("up",) if experts.gate is None else ("gate", "up")
