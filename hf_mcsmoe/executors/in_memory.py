@@ -19,7 +19,7 @@ from ..observation.layer_inputs import LayerInputs, tokens_of_batch
 from ..statistics import STATISTICS
 from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_modules, with_decoder_inputs
-from .gradients import check_gradients, check_in_memory, differentiable, loss_of
+from .gradients import check_gradients, check_in_memory, differentiable, graph_bytes, loss_of
 from .observer import LayerObserver, announce, join_tied
 
 HELD_OUT_TOKENS = 512  # per layer: (D + k) numbers each
@@ -114,7 +114,7 @@ def collect(
                     stack.enter_context(observer.residual.attached())
                 stack.enter_context(observer.attached())
             if of_gradients:
-                stack.enter_context(differentiable(model))
+                stack.enter_context(differentiable(model, graph_bytes(model, layers, calibration)))
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
             for position, batch in enumerate(bar):
                 batch = with_decoder_inputs(batch, model)
@@ -146,8 +146,8 @@ def run_backward(
 ) -> None:
     """A forward that observers watch, and a backward in which they only note gradients.
 
-    Memory: the inputs of all decoder layers, the graph of one and the logits of the batch, and 2 D numbers for each of
-    its tokens and MoE layers.
+    Memory: the inputs of all decoder layers, the graph of one or of as many as fit in `GRAPH_BYTES`, the logits of the
+    batch, and 2 D numbers for each of its tokens and MoE layers.
     """
     with torch.enable_grad():
         loss = loss_of(called, inputs, batch.token_mask)
