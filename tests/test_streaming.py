@@ -17,7 +17,7 @@ from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.executors.hidden_states import HiddenStates
 from hf_mcsmoe.executors.journal import JOURNAL_FILE, Journal
 from hf_mcsmoe.executors.output_shards import OutputShards
-from hf_mcsmoe.executors.streaming_run import StreamingRun
+from hf_mcsmoe.executors.streaming_model import StreamedModel
 
 FAMILIES = (
     "qwen3_moe",
@@ -107,7 +107,7 @@ STEPS = {
     "journal": (Journal, "append"),
     "write": (OutputShards, "write"),
     "finish": (OutputShards, "finish"),
-    "forward": (StreamingRun, "_forward"),
+    "forward": (StreamedModel, "observe"),
 }
 
 
