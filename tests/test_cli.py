@@ -198,7 +198,7 @@ def test_compress_writes_what_plan_predicted(tiny, compressed):
     folder, text = compressed
     assert "Plan: 75.8 k -> 48.1 k parameters" in text  # 75,792 - 3 * 4 * 3 * 24 * 32
     assert "import hf_mcsmoe" in text and str(folder) in text
-    assert re.search(r"Streamed 2 decoder layers on \w+, passes: 2, read .*, wrote ", " ".join(text.split()))
+    assert re.search(r"Streamed 3 decoder layers on \w+, passes: 2, read .*, wrote ", " ".join(text.split()))
     for name in ("config.json", "tokenizer.json", "compression_report.json", "recipe.yaml", "README.md"):
         assert (folder / name).is_file(), name
     assert bytes_of_tensors(folder) == plan(tiny, Recipe(keep=0.5)).total_bytes_after
@@ -207,7 +207,7 @@ def test_compress_writes_what_plan_predicted(tiny, compressed):
 
 
 def test_a_device_map_or_an_executor_in_memory_loads_the_model(tiny, tokens, compressed, tmp_path):
-    expected = load_file(compressed[0] / "model-00001-of-00003.safetensors")
+    expected = load_file(compressed[0] / "model-00001-of-00004.safetensors")
     for name, option in (("mapped", ("--device-map", "cpu")), ("loaded", ("--executor", "in_memory"))):
         options = ("--output", tmp_path / name, "--keep", "0.5", "--calibration", tokens, *option)
         assert "Streamed" not in succeed("compress", tiny, *options)
