@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_models import tiny_config, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -229,11 +230,21 @@ def test_compress_writes_what_plan_predicted(tiny, compressed):
     folder, text = compressed
     assert "Plan: 75.8 k -> 48.1 k parameters" in text  # 75,792 - 3 * 4 * 3 * 24 * 32
     assert "import hf_mcsmoe" in text and str(folder) in text
+    assert re.search(r"Streamed 3 decoder layers on \w+, passes: 2, read .*, wrote ", " ".join(text.split()))
     for name in ("config.json", "tokenizer.json", "compression_report.json", "recipe.yaml", "README.md"):
         assert (folder / name).is_file(), name
     assert bytes_of_tensors(folder) == plan(tiny, Recipe(keep=0.5)).total_bytes_after
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "MergedQwen3MoeForCausalLM"
+
+
+def test_a_device_map_or_an_executor_in_memory_loads_the_model(tiny, tokens, compressed, tmp_path):
+    expected = load_file(compressed[0] / "model-00001-of-00004.safetensors")
+    for name, option in (("mapped", ("--device-map", "cpu")), ("loaded", ("--executor", "in_memory"))):
+        options = ("--output", tmp_path / name, "--keep", "0.5", "--calibration", tokens, *option)
+        assert "Streamed" not in succeed("compress", tiny, *options)
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
 
 
 def test_compress_to_the_native_layout_gives_a_plain_model(tiny, tokens, tmp_path):
