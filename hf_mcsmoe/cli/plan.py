@@ -26,6 +26,7 @@ def plan_command(
     rows: options.Rows = None,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
+    settings: options.Set = None,
     num_samples: options.NumSamples = None,
     sequence_length: options.SequenceLength = None,
     batch_size: options.BatchSize = 8,
@@ -46,6 +47,7 @@ def plan_command(
     """
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
     factors = {"rank": rank, "keep_rows": keep_rows, "fit": fit, "context_length": context_length, "rows": rows}
+    factors |= {"settings": settings}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, **budget, **factors)
     from ..planning import plan
 

@@ -10,6 +10,7 @@ from ..auto_candidates import recipe_to_plan
 from ..executors.decoder_stack import stack_name
 from ..executors.kept_inputs import fits_at_once, groups_of_layers
 from ..executors.shards import NotStreamableError
+from ..executors.streaming_passes import plan_passes
 from ..executors.wanted import wanted_by
 from ..families import find_layers
 from ..fitting import resolve_fit
@@ -121,18 +122,17 @@ def streaming(
 ) -> Estimate:
     """The estimate of the streaming executor, with the reason where it is impossible."""
     impossible = not_streamable(model, found, recipe)
-    all_stay = list(num_experts.values()) == [layer.num_slots for layer in layers]
-    one_pass = all_stay or (recipe.allocation == "uniform" and recipe.protect is None)
-    forwards = 1 if one_pass or not recipe.needs_inputs else 2
+    passes = plan_passes(recipe, layers, work, keeps_tokens=True)
+    forwards = passes.forwards(recipe)
     stack, in_stack, rest = stack_bytes(model, layers) if impossible is None else (set(), [], 0)
     last = last_moe(layers, stack)
     states = 0 if not in_stack else last * work.all_tokens * hidden_bytes(model)
-    read = rest + sum(in_stack) + (0 if one_pass else sum(in_stack[: last + 1]))
+    read = rest + sum(in_stack) + (sum(in_stack[: last + 1]) if passes.has_first else 0)
     forward = calibration_operations(model, work).times(forwards)
     memory = memory_of_streamed(model, layers, num_experts, in_stack, rest, recipe, work)
     total = forward + of_layers.times(forwards) + steps
-    written += forwards * states
-    if not one_pass:  # what the first pass leaves for the second one
+    written += (passes.runs_data_first + passes.runs_data_last) * states
+    if passes.has_first:  # what the first pass leaves for the second one
         written += sum(statistics_bytes(x, recipe) + kept_bytes([x], recipe, work) for x in layers)
     time = seconds(total, read, written, rates)
     flops = forward.flops, forwards * of_layers.flops, steps.flops
@@ -141,8 +141,6 @@ def streaming(
 
 def not_streamable(model: PreTrainedModel, layers: list[MoeLayer], recipe: Recipe) -> str | None:
     """Why a model or a recipe cannot be streamed, as far as can be told without running it."""
-    if recipe.sequential:
-        return "its recipe is sequential"
     if recipe.statistics_with("gradients"):
         return "its recipe needs gradients of the loss, through all layers at once"
     try:
