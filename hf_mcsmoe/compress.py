@@ -99,8 +99,7 @@ def compress_moe(
     start, processes = time.perf_counter(), current()
     progress = progress and processes.is_first
     recipe = as_recipe(config)
-    path = model if isinstance(model, str | Path) else None
-    unpacking = None
+    path, unpacking = model if isinstance(model, str | Path) else None, None
     executor = executor_of(processes, executor)
     streams = choose_executor(executor, recipe, path, output_dir, device_map)
     output = check_output_folder(output_dir, overwrite or (streams and streaming.is_published(output_dir)))
@@ -131,8 +130,8 @@ def compress_moe(
         device_map = "auto"
     if path is not None:
         how = {"quantization_config": unpacking} if unpacking is not None else {}
-        how |= {"device_map": device_map_of(processes, device_map), "trust_remote_code": trust_remote_code}
-        model = load_model(path, dtype=dtype, **how)
+        device_map = device_map_of(processes, device_map)
+        model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **how)
     if isinstance(data, SavedStatistics):
         data.check_model(model)
     report = compress_loaded(model, recipe, data, progress=progress, start=start)

@@ -54,7 +54,8 @@ def fp8_folder(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["mapped", "native"])
 def test_an_fp8_checkpoint_is_unpacked_compressed_in_bfloat16_and_the_report_says_so(fp8_folder, tmp_path, layout):
     recipe = recipe_from_preset("m-smoe", keep=0.5, layout=layout)
-    model = compress_moe(fp8_folder, recipe, calibration=TOKENS, output_dir=tmp_path / "out", progress=False)
+    where = {"output_dir": tmp_path / "out", "executor": "in_memory"}
+    model = compress_moe(fp8_folder, recipe, calibration=TOKENS, progress=False, **where)
     assert any("was quantized (fp8)" in line for line in model.compression_report.warnings)
     assert any("was quantized (fp8)" in line for line in json.loads(report_text(tmp_path / "out"))["warnings"])
     stored = load_file(tmp_path / "out" / "model.safetensors")
