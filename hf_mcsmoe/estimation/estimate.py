@@ -208,7 +208,7 @@ def memory_of_streamed(
     """Of the executor that holds one decoder layer: fused from experts stored one by one, and as it becomes."""
     states = min(HIDDEN_STATES_BYTES, work.all_tokens * hidden_bytes(model))
     return Memory(
-        weights=rest + max(in_stack, default=0),
+        weights=rest + 2 * max(in_stack, default=0),  # the next one is read ahead
         hidden_states=states,
         statistics=max(statistics_bytes(layer, recipe) for layer in layers),
         kept_tokens=max(kept_bytes([layer], recipe, work) for layer in layers),
