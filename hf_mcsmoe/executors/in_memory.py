@@ -65,6 +65,7 @@ def collect(
     held_out_tokens: int = HELD_OUT_TOKENS,
     calibration_tokens: int = 0,
     every_expert_tokens: int = 0,
+    refuse_unreached: bool = True,
 ) -> dict[str, Collected]:
     """Run the model once over the calibration data.
 
@@ -82,13 +83,14 @@ def collect(
         held_out_tokens: About how many held-out tokens to keep the inputs of.
         calibration_tokens: About how many of the others.
         every_expert_tokens: About how many tokens all experts are run on, for the statistics that ask for that.
+        refuse_unreached: Whether it is an error that no token reached any of `layers`, which may be a few of many.
 
     Returns:
         By the name of the layer. Memory: that of the statistics, and D + k numbers for each token that is kept, twice
         D where the router is called with hidden states.
 
     Raises:
-        ValueError: No layer saw a token, or the sums of one are NaN or Inf.
+        ValueError: No layer saw a token and that is refused, or the sums of one are NaN or Inf.
     """
     of_gradients = sorted(name for name in needs if STATISTICS.trait(name, "gradients", False))
     if of_gradients:
@@ -96,7 +98,8 @@ def collect(
         check_in_memory(model)
     in_decoder = decoder_modules(model)
     observers = [LayerObserver(layer, needs, layer.experts in in_decoder) for layer in layers]
-    generator = torch.Generator().manual_seed(seed)
+    # One for each kind of draw: which tokens go to every expert must not depend on how many others are kept.
+    generators = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     num_held_out = sum(batch.held_out for batch in calibration.batches)
     num_others = len(calibration.batches) - num_held_out
     limit_of = {
@@ -118,7 +121,7 @@ def collect(
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
             for position, batch in enumerate(bar):
                 batch = with_decoder_inputs(batch, model)
-                announce(observers, batch, limit_of[batch.held_out], everywhere, generator, input_device(model))
+                announce(observers, batch, limit_of[batch.held_out], everywhere, generators, input_device(model))
                 inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
                 called, inputs = forward_call(model, inputs)
                 inputs |= cheap_forward(called)
@@ -131,7 +134,7 @@ def collect(
     finally:
         model.train(was_training)
     observers = join_tied(observers)
-    if observers and not any(o.accumulator.num_tokens for o in observers):
+    if refuse_unreached and observers and not any(o.accumulator.num_tokens for o in observers):
         observers[0].accumulator.finish(observers[0].layer.name)  # raises
     return {
         o.layer.name: Collected(
