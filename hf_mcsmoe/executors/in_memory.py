@@ -21,6 +21,7 @@ from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_modules, with_decoder_inputs
 from .gradients import check_gradients, check_in_memory, differentiable, loss_of
 from .observer import LayerObserver, announce, join_tied
+from .stream_outputs import watched_stream
 
 HELD_OUT_TOKENS = 512  # per layer: (D + k) numbers each
 FIT_HELD_OUT_TOKENS = 4096  # where they choose a ridge and judge a refit, too
@@ -65,6 +66,8 @@ def collect(
     held_out_tokens: int = HELD_OUT_TOKENS,
     calibration_tokens: int = 0,
     every_expert_tokens: int = 0,
+    keeps_streams: bool = False,
+    keeps_inputs: bool = True,
 ) -> dict[str, Collected]:
     """Run the model once over the calibration data.
 
@@ -82,6 +85,8 @@ def collect(
         held_out_tokens: About how many held-out tokens to keep the inputs of.
         calibration_tokens: About how many of the others.
         every_expert_tokens: About how many tokens all experts are run on, for the statistics that ask for that.
+        keeps_streams: Keep the residual stream after each layer for the same tokens.
+        keeps_inputs: Keep the inputs.
 
     Returns:
         By the name of the layer. Memory: that of the statistics, and D + k numbers for each token that is kept, twice
@@ -112,7 +117,10 @@ def collect(
                 if observer.accumulator.reads_residual:
                     observer.residual = ResidualStream(model, observer.layer)
                     stack.enter_context(observer.residual.attached())
+                observer.keeps_inputs = keeps_inputs
                 stack.enter_context(observer.attached())
+                if keeps_streams:
+                    stack.enter_context(watched_stream(model, observer.layer, observer.keep_stream))
             if of_gradients:
                 stack.enter_context(differentiable(model))
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)

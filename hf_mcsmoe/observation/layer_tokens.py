@@ -13,6 +13,7 @@ from ..layer.fit import original_output, routed_tokens
 from ..modeling.offload import fetched
 from ..types import ExpertWeights, MoeLayer
 from .gated_features import Activation, RoutedTokens
+from .layer_inputs import targets_of
 from .native_gates import native_gates
 
 
@@ -22,7 +23,7 @@ class LayerTokens:
 
     activation: Activation
     assignment: Tensor  # (slots, M) float32: 1 where a slot of the router goes to an expert
-    calibration: list[RoutedTokens]  # gates (t, M); targets are what the original layer gives
+    calibration: list[RoutedTokens]  # gates (t, M); targets are what the layer is to give
     held_out: list[RoutedTokens]
     # (router rows (M,), places of calibration batches) -> gates (t, N) of these batches if only those rows were there.
     gates_of_kept: Callable[[Tensor, Sequence[int]], list[Tensor]] | None = None  # of the original experts only
@@ -43,7 +44,7 @@ def original_tokens(layer: MoeLayer, collected: Collected) -> LayerTokens:
         original = as_float32(layer.family.view(layer, stacked))
         activation = layer.family.activation(layer)
         kept = [
-            (inputs, original_output(original, activation, inputs))
+            (inputs, targets_of(original_output(original, activation, inputs), inputs))
             for inputs in (collected.calibration, collected.held_out)
         ]
     assignment = torch.eye(layer.num_slots)
