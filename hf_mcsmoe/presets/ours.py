@@ -22,6 +22,14 @@ OBS = (
     "then one ridge regression fits all down projections of a layer to its original output."
 )
 MATCHED = "After that a few hundred steps of Adam on the experts of each layer alone, and the regression again."
+# One layer after another: its targets also make up for what the compressed layers before it lost.
+CORRECTED = {"sequential": True, "targets": "original_stream"}
+IN_ORDER = (
+    "Layers go one after another, and each is fitted to bring the residual stream back to the original model's, so it "
+    "also makes up for what the ones before it lost. It takes one forward for each layer, up to that layer."
+)
+# Where a layer makes up for others, its experts move further: more and larger steps than for themselves alone.
+FURTHER = {"steps": 300, "learning_rate": 0.1}
 
 PRESETS = {
     "auto": Preset(
@@ -54,5 +62,32 @@ PRESETS = {
         url=SURGEON,
         notes=f"{OBS} All experts become equally narrow, so the result is a plain model of the same class. {MATCHED}",
         recipe={"layout": "native", **SELECT_AND_REFIT, "matching": "adam"},
+    ),
+    "joint-obs-corrected": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} The budget is shared by all experts of a layer, so they end up with different widths. "
+        f"{IN_ORDER}",
+        recipe={**SELECT_AND_REFIT, **CORRECTED},
+    ),
+    "narrow-obs-corrected": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} All experts become equally narrow, so the result is a plain model of the same class. {IN_ORDER}",
+        recipe={"layout": "native", **SELECT_AND_REFIT, **CORRECTED},
+    ),
+    "joint-obs-corrected-matched": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} The budget is shared by all experts of a layer, so they end up with different widths. "
+        f"{IN_ORDER} {MATCHED}",
+        recipe={**SELECT_AND_REFIT, **CORRECTED, "matching": "adam", "matching_options": FURTHER},
+    ),
+    "narrow-obs-corrected-matched": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} All experts become equally narrow, so the result is a plain model of the same class. {IN_ORDER} "
+        f"{MATCHED}",
+        recipe={"layout": "native", **SELECT_AND_REFIT, **CORRECTED, "matching": "adam", "matching_options": FURTHER},
     ),
 }
