@@ -40,20 +40,6 @@ def check_auto(model: PreTrainedModel, request: Recipe) -> None:
     recipe_to_plan(request, _checker(model))
 
 
-def executor_for(recipe: Recipe, executor: str) -> str:
-    """The executor of a recipe: as asked, but in memory for "auto", which needs the whole model and a copy.
-
-    Raises:
-        ValueError: `executor` is "streaming" and the recipe "auto".
-    """
-    if recipe.preset == AUTO and executor == "streaming":
-        raise ValueError(
-            f"executor is 'streaming', but the preset {AUTO!r} tries recipes on copies of the model in memory. "
-            "Name a preset such as 'joint-obs' (mapped) or 'narrow-obs' (native), or use executor='in_memory'."
-        )
-    return "in_memory" if recipe.preset == AUTO and executor == "auto" else executor
-
-
 def choose_recipe(
     model: PreTrainedModel,
     request: Recipe,

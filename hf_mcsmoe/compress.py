@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .auto import check_auto, choose_recipe, executor_for, record_choice
+from .auto import check_auto, choose_recipe, record_choice
 from .auto_candidates import AUTO
 from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
@@ -43,7 +43,7 @@ def compress_moe(
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
-    executor: str = "in_memory",
+    executor: str = "auto",
     device: str | torch.device = "auto",
     hidden_states_bytes: int = 2**30,
 ) -> PreTrainedModel:
@@ -67,17 +67,18 @@ def compress_moe(
         dtype: For loading a path, as in `from_pretrained`.
         device_map: For loading a path, as in `from_pretrained`.
         trust_remote_code: For loading a path, as in `from_pretrained`.
-        executor: "in_memory" loads the whole model. "streaming" reads, compresses and writes a path into `output_dir`
-            layer by layer and never holds more than two decoder layers and the embeddings; a killed run goes on
-            where it was when called again; a model that cannot be streamed is loaded instead, with a warning.
-            "auto" streams where path, `output_dir` and no `device_map` are given.
+        executor: "auto" streams where a path, an `output_dir` and no `device_map` are given, else it loads the whole
+            model, as "in_memory" does. Streaming reads, compresses and writes decoder layer by decoder layer and
+            never holds more than two of them, the embeddings and hidden states; a killed run goes on where it was
+            when called again. What cannot be streamed is loaded instead, with a warning that says why. "streaming"
+            insists on the three conditions.
         device: Where streaming computes: "auto" is the GPU where there is one.
         hidden_states_bytes: Most bytes of calibration hidden states that streaming keeps in RAM.
 
     Returns:
         The compressed model with the attribute `compression_report`. Mapped layout: of a class registered for
         `MergedSparseMoeConfig`. Native layout: of its own class, with fewer experts. After streaming its weights
-        are on the meta device: load `output_dir` to run it.
+        are on the meta device, and it has the attribute `streaming_summary`: load `output_dir` to run it.
 
     Raises:
         ValueError: Anything that cannot be done; before the model runs and before a file is written, except
@@ -85,12 +86,13 @@ def compress_moe(
         FileExistsError: `output_dir` is not empty.
     """
     from .executors import streaming  # here, because it is built on what this file offers
+    from .executors.streaming_choice import choose_executor
 
     start = time.perf_counter()
     recipe = as_recipe(config)
     path = model if isinstance(model, str | Path) else None
     unpacking = None
-    streams = streaming.choose_executor(executor_for(recipe, executor), path, output_dir, device_map)
+    streams = choose_executor(executor, recipe, path, output_dir, device_map)
     output = check_output_folder(output_dir, overwrite or (streams and streaming.is_published(output_dir)))
     if path is not None:
         config_of_path = read_config(path, trust_remote_code=trust_remote_code)
@@ -106,7 +108,7 @@ def compress_moe(
         done = streaming.written_bytes(output) if streams else 0
         check_free_space(output, plan(described, recipe).total_bytes_after - done)
     reading = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
-    data = open_calibration(calibration, tokenizer, recipe, described, streams=streams, **reading)
+    data = open_calibration(calibration, tokenizer, recipe, described, **reading)
     if streams:
         how = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "progress": progress}
         how |= {"hidden_states_bytes": hidden_states_bytes, "trust_remote_code": trust_remote_code}
@@ -128,23 +130,18 @@ def compress_moe(
 
 
 def open_calibration(
-    calibration: Any, tokenizer: Any, recipe: Recipe, model: PreTrainedModel, *, streams: bool, **reading: Any
+    calibration: Any, tokenizer: Any, recipe: Recipe, model: PreTrainedModel, **reading: Any
 ) -> Calibration | SavedStatistics:
     """What to calibrate on, or what calibration left: read and checked.
 
     Raises:
-        ValueError: Data that cannot be read, or saved statistics that do not serve the recipe or the executor.
+        ValueError: Data that cannot be read, or saved statistics that do not serve the recipe.
     """
     saved = open_statistics(calibration)
     if saved is None:
         vocab_size = reading_part(model).get_input_embeddings().num_embeddings
         return load_calibration(calibration, tokenizer, seed=recipe.seed, vocab_size=vocab_size, **reading)
     saved.check_recipe(recipe)
-    if streams:
-        raise ValueError(
-            f"calibration {str(calibration)!r} holds saved statistics, which executor 'streaming' does not read. "
-            "Use executor='in_memory', or give the calibration data itself."
-        )
     return saved
 
 

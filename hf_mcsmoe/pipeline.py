@@ -1,6 +1,6 @@
 """The steps of a recipe on a whole model in memory: statistics, budgets, then layer after layer."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -113,16 +113,26 @@ def saliency_of(layer: MoeLayer, recipe: Recipe, statistics: LayerStatistics) ->
 
 
 def leave_unreached(
-    layers: list[MoeLayer], statistics: dict[str, LayerStatistics], recipe: Recipe
+    layers: list[MoeLayer], statistics: Container[str], recipe: Recipe
 ) -> tuple[list[MoeLayer], list[str]]:
     """The layers that calibration reached, and what to warn of: those for images see no token of a text.
 
+    Args:
+        layers: Those to compress.
+        statistics: What is asked for is only which layers it has.
+        recipe: Of the compression.
+
     Raises:
-        ValueError: There are others, and the layout is native, where one M holds for all.
+        ValueError: There are others, and the layout is native, where one M holds for all; or no layer was reached.
     """
     names = [layer.name for layer in layers if layer.name not in statistics]
     if not names:
         return layers, []
+    if len(names) == len(layers):
+        raise ValueError(
+            f"No calibration token reached {names[0]!r}{' or a later layer' if len(names) > 1 else ''}. "
+            "Give text that uses it, or leave it out with exclude_layers."
+        )
     listed = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     if recipe.layout == "native":
         raise ValueError(

@@ -26,6 +26,10 @@ FORMAT_VERSION = 1
 PLAIN = (bool, int, float, str, type(None))
 
 
+class OtherModelError(ValueError):
+    """Saved statistics are not of the model that they are to be used for."""
+
+
 class SavedStatistics(Mapping[str, Collected]):
     """A folder that `calibrate` wrote. As a mapping: what calibration left of each layer, read when it is asked for.
 
@@ -59,24 +63,20 @@ class SavedStatistics(Mapping[str, Collected]):
 
     def __getitem__(self, layer: str) -> Collected:
         place = self.layers.index(layer)
-        tensors = load_file(self.folder / file_of("tokens", place))
-        device = self.devices.get(layer, torch.device("cpu"))
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        described = self.header["tokens"][place]
-        held_out, calibration = (inputs_from(described[part], tensors) for part in ("held_out", "calibration"))
-        return Collected(self._statistics(place), held_out, calibration)
+        return read_layer(self.folder, place, self._entry(place), self.devices.get(layer, torch.device("cpu")))
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """The statistics of the layers that a calibration token reached, without their tokens."""
-        found = {layer: self._statistics(place) for place, layer in enumerate(self.layers)}
+        found = {layer: self.statistics_of(layer) for layer in self.layers}
         return {layer: statistics for layer, statistics in found.items() if statistics is not None}
 
-    def _statistics(self, place: int) -> LayerStatistics | None:
-        num_tokens = self.header["num_tokens"][place]
-        if num_tokens is None:
-            return None
-        sums = load_file(self.folder / file_of("statistics", place))
-        return LayerStatistics(num_tokens, sums.pop("selection_count"), sums)
+    def statistics_of(self, layer: str) -> LayerStatistics | None:
+        """The statistics of one layer, without its tokens; None if no calibration token reached it."""
+        place = self.layers.index(layer)
+        return read_statistics(self.folder, place, self._entry(place))
+
+    def _entry(self, place: int) -> dict[str, Any]:
+        return {name: self.header[name][place] for name in ("num_tokens", "tokens")}
 
     def fingerprint(self) -> dict[str, Any]:
         """What was calibrated on, as `Calibration.fingerprint` says it."""
@@ -119,15 +119,36 @@ class SavedStatistics(Mapping[str, Collected]):
         """Refuse another model than the one that was calibrated.
 
         Raises:
-            ValueError: Its configuration or weights differ.
+            OtherModelError: Its configuration or weights differ.
         """
-        differences = compare(self.header["model"], json.loads(json.dumps(fingerprint_of(model))))
+        self._refuse(compare(self.header["model"], json.loads(json.dumps(fingerprint_of(model)))))
+        self.devices = {layer.name: execution_device(layer.experts) for layer in find_layers(model)}
+
+    def check_configuration(self, model: PreTrainedModel) -> None:
+        """The part of `check_model` that no weights are needed for; `check_layer` is the other.
+
+        Raises:
+            OtherModelError: The configuration or the names of the MoE layers differ.
+        """
+        names = {"layers": sorted(layer.name for layer in find_layers(model))}
+        saved = {"config": self.header["model"]["config"], "layers": sorted(self.header["model"]["layers"])}
+        self._refuse(compare(saved, json.loads(json.dumps({"config": configuration_of(model), **names}))))
+
+    def check_layer(self, layer: MoeLayer) -> None:
+        """Refuse a layer, with its weights, that is not what was calibrated.
+
+        Raises:
+            OtherModelError: Its router or its experts differ.
+        """
+        saved = self.header["model"]["layers"][layer.name]
+        self._refuse(compare({"layers": {layer.name: saved}}, {"layers": {layer.name: hash_of(layer)}}))
+
+    def _refuse(self, differences: list[str]) -> None:
         if differences:
-            raise ValueError(
+            raise OtherModelError(
                 f"The statistics in {str(self.folder)!r} are of another model: {'; '.join(differences[:4])}. "
                 "Calibrate this one."
             )
-        self.devices = {layer.name: execution_device(layer.experts) for layer in find_layers(model)}
 
 
 def open_statistics(calibration: Any) -> SavedStatistics | None:
@@ -153,6 +174,21 @@ def write_layer(folder: Path, place: int, collected: Collected) -> dict[str, Any
     tokens = {part: describe(getattr(collected, part), tensors, part, place) for part in ("held_out", "calibration")}
     save_file(tensors, folder / file_of("tokens", place))
     return {"num_tokens": statistics.num_tokens if statistics is not None else None, "tokens": tokens}
+
+
+def read_layer(folder: Path, place: int, entry: dict[str, Any], device: torch.device) -> Collected:
+    """What `write_layer` wrote, its tokens on `device`; `entry` is what it returned."""
+    tensors = {name: tensor.to(device) for name, tensor in load_file(folder / file_of("tokens", place)).items()}
+    held_out, calibration = (inputs_from(entry["tokens"][part], tensors) for part in ("held_out", "calibration"))
+    return Collected(read_statistics(folder, place, entry), held_out, calibration)
+
+
+def read_statistics(folder: Path, place: int, entry: dict[str, Any]) -> LayerStatistics | None:
+    """The same without the tokens; None if no calibration token reached the layer."""
+    if entry["num_tokens"] is None:
+        return None
+    sums = load_file(folder / file_of("statistics", place))
+    return LayerStatistics(entry["num_tokens"], sums.pop("selection_count"), sums)
 
 
 def write_header(
@@ -229,10 +265,15 @@ def fingerprint_of(model: PreTrainedModel) -> dict[str, Any]:
     Of the experts the sum of each expert's parameters is hashed: reading them all takes a moment, and a fine-tuned
     copy must not pass.
     """
+    return {"config": configuration_of(model), "layers": {layer.name: hash_of(layer) for layer in find_layers(model)}}
+
+
+def configuration_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The configuration as JSON, without what does not tell one model from another."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
-    return {"config": config, "layers": {layer.name: hash_of(layer) for layer in find_layers(model)}}
+    return config
 
 
 def hash_of(layer: MoeLayer) -> str:

@@ -3,9 +3,11 @@
 import functools
 import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +27,30 @@ OTHER_CALLS = (
     "vitpose_backbone",
 )
 STANDARD = tuple(key for key in TINY if key not in OTHER_CALLS)
+# One or two of each way to write an MoE layer, for every run; the others repeat these with other names and sizes.
+VARIED = (
+    "mixtral",
+    "gpt_oss",  # transposed, interleaved, with biases
+    "deepseek_v3",  # shared experts, routers limited to groups
+    "deepseek_v4",  # a table leads tokens to experts
+    "qwen2_moe",  # a gated shared expert
+    "granitemoe",
+    "jamba",
+    "nemotron_h",  # no gate
+    "gemma4_text",  # scales of experts
+    "longcat_flash",  # identity slots
+    "inkling_text",  # rows of the router for shared experts
+    "zaya",
+    "dots3_note",  # experts for images beside those for text
+    "ernie4_5_vl_moe_text",  # two sets of experts in one layer
+    "diffusion_gemma",  # encoder and decoder share experts
+)
 VOCABULARY = 140  # ids from here on mean images and sounds in some of the models
+
+
+def every_run_or_slow(keys: Iterable[str]) -> list[Any]:
+    """Parameters of a test: the keys in `VARIED` run every time, the others only in slow runs."""
+    return [key if key in VARIED else pytest.param(key, marks=pytest.mark.slow) for key in keys]
 
 
 def named_class(reference: str) -> type:

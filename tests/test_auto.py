@@ -236,11 +236,14 @@ def test_steps_cannot_be_set_beside_auto(changes, message):
         plan(one_layer(), request(**changes).to_recipe())
 
 
-def test_streaming_is_refused_with_the_remedy(tmp_path):
+def test_it_is_loaded_where_it_was_to_be_streamed_and_says_so(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_mcsmoe.executors.streaming_choice.logger.warning", said.append)
     one_layer().save_pretrained(tmp_path / "in")
-    with pytest.raises(ValueError, match=r"executor is 'streaming', but the preset 'auto'.*Name a preset"):
-        compress_moe(tmp_path / "in", "auto", calibration=ROWS, output_dir=tmp_path / "out", executor="streaming")
-    assert not (tmp_path / "out").exists()
+    for executor in ("streaming", "auto", "in_memory"):
+        where = {"output_dir": tmp_path / executor, "executor": executor, "progress": False}
+        assert compress_moe(tmp_path / "in", "auto", calibration=ROWS, **where).compression_report.tried
+    assert len(said) == 2 and all("tries recipes on copies of the whole model" in text for text in said)
 
 
 def test_one_row_leaves_nothing_to_choose_by():
@@ -317,5 +320,3 @@ def test_the_command_line_shows_what_was_tried(tmp_path):
     assert "Chosen by `auto` from 4 recipes" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     planned = json.loads(command("plan", *options, "--layout", "native", "--json").stdout)
     assert planned["layout"] == "native" and planned["layers"][0]["experts_after"] == 8
-    other = command("compress", *options, *calibration, "--output", tmp_path / "b", "--executor", "streaming")
-    assert other.exit_code == 2 and "executor is 'streaming', but the preset 'auto'" in other.stderr

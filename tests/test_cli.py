@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_models import tiny_config, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -193,15 +194,57 @@ def test_options_make_a_recipe():
     assert build_recipe(keep_rows=0.3).decomposition_options == {"keep_rows": 0.3}
 
 
+def test_any_field_of_a_recipe_can_be_set():
+    settings = ["protect=super_experts", "sequential=true", "refit_options.ridges=[0.1, 1e-3]", "fit_tokens=512"]
+    recipe = build_recipe(preset="joint-obs", keep=0.25, settings=settings)
+    expected = {"protect": "super_experts", "sequential": True, "fit_tokens": 512}
+    assert recipe == recipe_from_preset("joint-obs", keep=0.25, refit_options={"ridges": [0.1, 1e-3]}, **expected)
+    changed = build_recipe(preset="mc-smoe", settings=["decomposition_options.rank=4"])
+    assert changed.decomposition_options == {**build_recipe(preset="mc-smoe").decomposition_options, "rank": 4}
+    assert build_recipe(preset="mc-smoe", settings=["decomposition=null", "decomposition_options={}"]).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["router"], r"--set 'router' must be FIELD=VALUE"),
+        (["router.rows=1"], r"must be FIELD=VALUE or STEP_options.OPTION=VALUE"),
+        (["fit_tokens=1", "fit_tokens=2"], r"'fit_tokens' is given twice"),
+        (["layout=native"], r"'layout' is given twice, or has an option"),
+        (["preset=reap"], r"'preset' is given twice, or has an option"),
+        (["refit_options={"], r"'\{' is not valid YAML"),
+        (["fit_token=1"], r"no field 'fit_token'.*Did you mean 'fit_tokens'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_recipe(preset="joint-obs", layout="mapped", settings=settings)
+
+
+def test_plan_takes_any_field(tiny):
+    values = json.loads(succeed("plan", tiny, "--set", "merging=average", "--set", "seed=7", "--json"))
+    assert (values["recipe"]["merging"], values["recipe"]["seed"]) == ("average", 7)
+
+
 def test_compress_writes_what_plan_predicted(tiny, compressed):
     folder, text = compressed
     assert "Plan: 75.8 k -> 48.1 k parameters" in text  # 75,792 - 3 * 4 * 3 * 24 * 32
     assert "import hf_mcsmoe" in text and str(folder) in text
+    assert re.search(r"Streamed 3 decoder layers on \w+, passes: 2, read .*, wrote ", " ".join(text.split()))
     for name in ("config.json", "tokenizer.json", "compression_report.json", "recipe.yaml", "README.md"):
         assert (folder / name).is_file(), name
     assert bytes_of_tensors(folder) == plan(tiny, Recipe(keep=0.5)).total_bytes_after
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "MergedQwen3MoeForCausalLM"
+
+
+def test_a_device_map_or_an_executor_in_memory_loads_the_model(tiny, tokens, compressed, tmp_path):
+    expected = load_file(compressed[0] / "model-00001-of-00004.safetensors")
+    for name, option in (("mapped", ("--device-map", "cpu")), ("loaded", ("--executor", "in_memory"))):
+        options = ("--output", tmp_path / name, "--keep", "0.5", "--calibration", tokens, *option)
+        assert "Streamed" not in succeed("compress", tiny, *options)
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
 
 
 def test_compress_to_the_native_layout_gives_a_plain_model(tiny, tokens, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from all_families import STANDARD, TINY, VOCABULARY, logits, named_class, tiny
+from all_families import STANDARD, TINY, VOCABULARY, every_run_or_slow, logits, named_class, tiny
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
@@ -35,14 +35,14 @@ DROP = {"grouping": "drop", "alignment": None, "merging": None}
 UNUSED_WARNING = "No calibration token reached"
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-every_family = pytest.mark.parametrize("key", STANDARD)
+every_family = pytest.mark.parametrize("key", every_run_or_slow(STANDARD))
 # The talker of Qwen3-Omni continues what the thinker said, not token ids; it is part of qwen3_omni_moe.
 GENERATING = [key for key in STANDARD if named_class(TINY[key]["model"]).can_generate() and "Talker" not in key]
 GENERATE = {
     "qwen3_omni_moe": {"return_audio": False, "thinker_max_new_tokens": 3},
     "diffusion_gemma": {"max_denoising_steps": 2},
 }
-every_generating_family = pytest.mark.parametrize("key", GENERATING)
+every_generating_family = pytest.mark.parametrize("key", every_run_or_slow(GENERATING))
 
 
 @pytest.fixture(scope="module", autouse=True)

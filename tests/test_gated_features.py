@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.layer.compression import as_float32
-from hf_mcsmoe.layer.fit import original_output
+from hf_mcsmoe.layer.fit import routed_tokens, with_answers
 from hf_mcsmoe.observation import gated_features
 from hf_mcsmoe.observation.gated_features import (
     RoutedTokens,
@@ -30,6 +30,7 @@ from hf_mcsmoe.observation.gated_features import (
     sum_features,
     sum_input_grams,
 )
+from hf_mcsmoe.observation.kept_features import KeptFeatures
 from hf_mcsmoe.observation.layer_inputs import LayerInputs, ignore_passive
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -119,7 +120,7 @@ def test_the_error_of_sums_is_the_residual(experts):
     kept = torch.tensor([0, 3, 4, 8, 12, 13])
     down = torch.randn(6, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     residual = whole.targets.double() - slow_constants(experts, whole) - slow_features(experts, whole)[:, kept] @ down
-    assert sums.error(kept, down) == pytest.approx(residual.square().sum().item(), rel=1e-5)
+    assert sums.error(down, kept) == pytest.approx(residual.square().sum().item(), rel=1e-5)
 
 
 def test_outputs_are_those_of_the_slow_features(experts):
@@ -170,7 +171,7 @@ def test_slots_of_weight_zero_give_no_features():
 
 
 def assert_modules_agree(model, called):
-    """`original_output` of every layer that can be fitted is what its experts module gives in a forward."""
+    """`with_answers` gives for every layer that can be fitted what its experts module gives in a forward."""
     layers = [
         layer
         for layer in find_layers(model)
@@ -197,7 +198,9 @@ def assert_modules_agree(model, called):
         family = layer.family
         stacked = family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
         experts = as_float32(family.view(layer, stacked))
-        (output,) = original_output(experts, family.activation(layer), LayerInputs([seen[layer.name]]))
+        inputs = LayerInputs([seen[layer.name]])
+        batches = routed_tokens(layer, inputs, torch.eye(layer.num_slots), [None], reroute=False)
+        output = with_answers(KeptFeatures(experts, family.activation(layer), batches))[0].targets
         with torch.no_grad():
             expected = family.run_experts(layer, *seen[layer.name]).float().reshape(output.shape)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

@@ -132,7 +132,7 @@ def test_bytes_on_disk_and_sizes_are_those_of_the_plan(rule, family, original, c
 def test_streaming_writes_the_same_bytes(rule, family, checkpoint, stream, tokens, tmp_path):
     options = {"decomposition": rule, "decomposition_options": {"rank": 3, "keep_rows": 0.1}, "allocation": "uniform"}
     stream(checkpoint(family), **options)
-    how = {"calibration": tokens, "output_dir": tmp_path / "whole", "progress": False}
+    how = {"calibration": tokens, "output_dir": tmp_path / "whole", "executor": "in_memory", "progress": False}
     compress_moe(checkpoint(family), Recipe(**options), **how)
     assert same_tensors(tmp_path / "streamed", tmp_path / "whole") and content(tmp_path / "streamed")
     assert any("_sparse" in name for name in tensors(tmp_path / "streamed"))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe, load_calibration
+from hf_mcsmoe.executors import gradients
 from hf_mcsmoe.executors.gradients import next_token_loss
 from hf_mcsmoe.executors.in_memory import collect, collect_statistics
 from hf_mcsmoe.executors.shards import NotStreamableError
@@ -188,13 +189,14 @@ def test_the_loss_is_that_of_real_tokens_after_real_tokens():
     assert_close(next_token_loss(logits, ids, mask), expected)
 
 
-def test_a_pass_leaves_the_model_as_it_was(original, tokens):
+def test_a_pass_leaves_the_model_as_it_was(original, tokens, monkeypatch):
     model = original("qwen3_moe")
     model.lm_head.requires_grad_(False)
     model.train()
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
     flags = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    monkeypatch.setattr(gradients, "GRAPH_BYTES", 0)
     collect_statistics(model, find_layers(model), padded(ragged_rows(tokens)[ROWS]), NAMES)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
@@ -203,18 +205,45 @@ def test_a_pass_leaves_the_model_as_it_was(original, tokens):
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
 
-def test_layers_are_checkpointed_and_counted_once(original, tokens, monkeypatch):
-    model, calls = original("mixtral"), []
-    data = padded(ragged_rows(tokens)[ROWS])
-    monkeypatch.setattr(
-        model.model.layers[0].self_attn, "forward", counted(model.model.layers[0].self_attn.forward, calls)
-    )
-    found, _ = collect_statistics(model, find_layers(model), data, NAMES)
-    assert len(calls) == 2 * len(data.batches), "each layer runs once more in the backward"
-    once, _ = collect_statistics(model, find_layers(model), data, frozenset({"selection_count"}))
-    for name, statistics in found.items():
+def test_layers_without_room_for_their_graph_are_checkpointed_and_counted_once(original, tokens, monkeypatch):
+    model = original("mixtral")
+    data, layers = padded(ragged_rows(tokens)[ROWS]), find_layers(model)
+    calls = [[] for _ in layers]
+    for one, of_layer in zip(model.model.layers, calls, strict=True):
+        monkeypatch.setattr(one.self_attn, "forward", counted(one.self_attn.forward, of_layer))
+    once, _ = collect_statistics(model, layers, data, frozenset({"selection_count"}))
+    size, found = gradients.graph_bytes(model, layers, data), []
+    for room, runs in (
+        (2 * size - 1, [2] * (len(layers) - 1) + [1]),
+        (0, [2] * len(layers)),
+        (2**31, [1] * len(layers)),
+    ):
+        monkeypatch.setattr(gradients, "GRAPH_BYTES", room)
+        for of_layer in calls:
+            of_layer.clear()
+        found.append(collect_statistics(model, layers, data, NAMES)[0])
+        assert [len(of_layer) for of_layer in calls] == [n * len(data.batches) for n in runs]
+    for name, statistics in found[0].items():
         assert torch.equal(statistics.selection_count, once[name].selection_count)
         assert statistics.num_tokens == once[name].num_tokens
+        for other in found[1:]:
+            assert all(torch.equal(statistics[key], other[name][key]) for key in NAMES)
+
+
+def test_the_graph_of_a_layer_takes_no_more_than_is_said(original, tokens):
+    model = original("mixtral")
+    data, layers, saved = load_calibration(tokens), find_layers(model), {}
+
+    def note(tensor):
+        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with gradients.differentiable(model, 1), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        states = model.model(**data.batches[0].inputs, use_cache=False).last_hidden_state
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    total = sum(size for place, size in saved.items() if place not in weights)
+    said = gradients.graph_bytes(model, layers, data) * len(model.model.layers)
+    assert states.requires_grad and said / 8 < total <= said
 
 
 def counted(function, calls):

@@ -17,11 +17,11 @@ from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.shared_base import SHARED_BASE
 from hf_mcsmoe.shared_base.whitened_deltas import grams_of_experts
 from hf_mcsmoe.solvers.barycentre import align_to_barycentre, mean_of_aligned
-from hf_mcsmoe.types import ExpertWeights
+from hf_mcsmoe.types import ExpertWeights, LayerStatistics
 
 MODELS = {"mixtral": {}, "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4}}
-PRESET_NAMES = ("resmoe", "d2-moe", "molae")
-RULES = {"aligned_residuals": "base", "whitened_deltas": "base"}
+PRESET_NAMES = ("resmoe", "d2-moe", "d2-moe-frequency", "molae")
+RULES = {"aligned_residuals": "base", "whitened_deltas": "base", "fisher_whitened_deltas": "base"}
 RULES |= {"latent_projection": "projection", "whitened_latent_projection": "projection"}
 
 
@@ -109,8 +109,8 @@ def dense(shared):
     return found | {"down": (shared.outward.double() @ shared.latent["down"].double()).numpy()}
 
 
-def call(rule, weights, keep, usage=None, tokens=None, **options):
-    supply = {"importance": lambda: usage, "tokens": lambda: tokens}
+def call(rule, weights, keep, usage=None, tokens=None, statistics=None, **options):
+    supply = {"importance": lambda: usage, "tokens": lambda: tokens, "statistics": lambda: statistics}
     return SHARED_BASE.call(rule, weights, keep, options=options, supply=supply)
 
 
@@ -148,6 +148,45 @@ def test_d2_moe_is_the_whitened_svd_of_what_differs_from_the_weighted_mean(case,
             root = np.linalg.cholesky(gram)
             expected = base + best_of_rank((matrix - base) @ root, rank) @ np.linalg.inv(root)
             np.testing.assert_allclose(got[name][expert], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_d2_moe_weighs_each_number_of_the_base_by_its_fisher_information(case):
+    _, weights, usage, tokens = case
+    count, width, hidden = weights.up.shape
+    generator = torch.Generator().manual_seed(5)
+    fisher = torch.rand(count, 3 * width * hidden, generator=generator)
+    fisher[:, :7] = 0  # nobody knows of these
+    fisher[1] = 0  # never used
+    statistics = LayerStatistics(1, torch.ones(count, dtype=torch.int64), {"fisher": fisher})
+    shared = call("fisher_whitened_deltas", weights, 0.45, usage, tokens, statistics, ridge=0.05)
+    orders = slow_order(weights, usage.tolist(), int(usage.argmax()))
+    rank = int((count * 0.45 - 1) / count * width * hidden / (width + hidden))
+    grams, got, start = slow_grams(weights, tokens, 0.05), dense(shared), 0
+    for name in weights.tensors():
+        shape = getattr(weights, name)[0].shape
+        of_name = fisher[:, start : start + shape.numel()].double().numpy().reshape(count, *shape)
+        start += shape.numel()
+        turned = [f[:, order] if name == "down" else f[order] for f, order in zip(of_name, orders, strict=True)]
+        matrices = [in_order(weights, name, e, order) for e, order in enumerate(orders)]
+        base = np.zeros(shape)
+        for place in np.ndindex(*shape):
+            weight = [one[place] for one in turned]
+            weight = weight if sum(weight) > 0 else usage.tolist()
+            base[place] = sum(w * m[place] for w, m in zip(weight, matrices, strict=True)) / sum(weight)
+        np.testing.assert_allclose(shared.bases[name].numpy(), base, rtol=1e-4, atol=1e-5)
+        for expert, matrix in enumerate(matrices):
+            gram = grams[name][expert]
+            if name == "down":
+                gram = gram[np.ix_(orders[expert], orders[expert])]
+            root = np.linalg.cholesky(gram)
+            expected = base + best_of_rank((matrix - base) @ root, rank) @ np.linalg.inv(root)
+            np.testing.assert_allclose(got[name][expert], expected, rtol=1e-2, atol=2e-3)
+    plain = call("whitened_deltas", weights, 0.45, usage, tokens)
+    fisher = usage[:, None].expand(-1, fisher.shape[1])  # as if all numbers of an expert mattered the same
+    statistics = LayerStatistics(1, torch.ones(count, dtype=torch.int64), {"fisher": fisher})
+    same = call("fisher_whitened_deltas", weights, 0.45, usage, tokens, statistics)
+    for name, base in plain.bases.items():
+        torch.testing.assert_close(same.bases[name], base, rtol=1e-4, atol=1e-6)
 
 
 def test_molae_is_the_svd_of_the_stacked_matrices(case):

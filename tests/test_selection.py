@@ -107,7 +107,7 @@ def test_costs_of_blocks_add_up_to_the_minimum_without_any_of_them(block):
     (gram,) = grams_of(experts, routed(30, 1, top_k=1))
     down, damping = experts.down.double(), damping_of(gram)
     hessian = gram + damping * torch.eye(12, dtype=torch.float64)
-    costs = removal_costs(hessian.inverse(), down, block)
+    (costs,) = removal_costs(hessian.inverse()[None], down[None], block)
     order = costs.argsort(stable=True).tolist()
     # Costs are made non-decreasing, so sums of nested sets are at least the minima; all of them together are no less.
     for number in (1, 4, 9, 12):

@@ -17,7 +17,7 @@ from hf_mcsmoe import Recipe, compress_moe
 from hf_mcsmoe.executors.hidden_states import HiddenStates
 from hf_mcsmoe.executors.journal import JOURNAL_FILE, Journal
 from hf_mcsmoe.executors.output_shards import OutputShards
-from hf_mcsmoe.executors.streaming_run import StreamingRun
+from hf_mcsmoe.executors.streaming_model import StreamedModel
 
 FAMILIES = (
     "qwen3_moe",
@@ -107,7 +107,7 @@ STEPS = {
     "journal": (Journal, "append"),
     "write": (OutputShards, "write"),
     "finish": (OutputShards, "finish"),
-    "forward": (StreamingRun, "_forward"),
+    "forward": (StreamedModel, "observe"),
 }
 
 
@@ -138,6 +138,9 @@ def test_a_run_that_died_at_any_step_goes_on_to_the_same_bytes(
     assert texts(tmp_path / "streamed") == texts(tmp_path / "expected")
 
 
+KILLS = 4
+
+
 def kill_until_done(command, journal, kills):
     """Start a command again and again, killing it soon after its next finished step; returns how often it was."""
     generator, killed = random.Random(0), 0
@@ -156,19 +159,26 @@ def kill_until_done(command, journal, kills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("allocation", ["uniform", "global_usage"])
-def test_killed_by_sigkill_it_goes_on_to_the_same_bytes(allocation, checkpoint, stream, tmp_path):
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"allocation": "uniform"},
+        {"allocation": "global_usage", "refit": "least_squares"},
+        {"allocation": "uniform", "sequential": True},
+    ],
+)
+def test_killed_by_sigkill_it_goes_on_to_the_same_bytes(recipe, checkpoint, stream, tmp_path):
     script = f"""
         import sys, torch
         torch.set_num_threads(1)
         from hf_mcsmoe import Recipe, compress_moe
         tokens = torch.randint(3, 150, (24, 20), generator=torch.Generator().manual_seed(0))
-        compress_moe(sys.argv[1], Recipe(allocation={allocation!r}), calibration=tokens, output_dir=sys.argv[2],
+        compress_moe(sys.argv[1], Recipe(**{recipe!r}), calibration=tokens, output_dir=sys.argv[2],
                      progress=False, overwrite=True, executor="streaming")
     """
     folder = checkpoint("deepseek_v3")
-    stream(folder, output="expected", allocation=allocation)
+    stream(folder, output="expected", **recipe)
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), folder, tmp_path / "streamed"]
-    assert kill_until_done(command, tmp_path / "streamed.partial" / JOURNAL_FILE, kills=4) == 4
+    assert kill_until_done(command, tmp_path / "streamed.partial" / JOURNAL_FILE, kills=KILLS) == KILLS
     assert content(tmp_path / "streamed") == content(tmp_path / "expected")
     assert not (tmp_path / "streamed.partial").exists()

@@ -264,7 +264,7 @@ def test_what_cannot_be_streamed_is_loaded_whole_and_says_so(checkpoint, stream,
 
     said = []
     monkeypatch.setattr("hf_mcsmoe.executors.decoder_stack.stack_name", refuse)
-    monkeypatch.setattr("hf_mcsmoe.executors.streaming.logger.warning", said.append)
+    monkeypatch.setattr("hf_mcsmoe.executors.streaming_choice.logger.warning", said.append)
     stream(checkpoint("qwen3_moe"))
     assert len(said) == 1 and "cannot be streamed: it is an encoder-decoder" in said[0]
     monkeypatch.undo()

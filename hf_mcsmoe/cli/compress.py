@@ -9,6 +9,7 @@ from ..cli import options
 from .tables import before_after, human, human_bytes, print_table
 
 if TYPE_CHECKING:
+    from ..executors.streaming_summary import StreamingSummary
     from ..planning import ModelPlan
     from ..types import CompressionReport, Trial
 
@@ -28,6 +29,7 @@ def compress_command(
     rows: options.Rows = 1,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
+    settings: options.Set = None,
     calibration: options.Calibration = None,
     num_samples: options.NumSamples = None,
     sequence_length: options.SequenceLength = None,
@@ -38,16 +40,19 @@ def compress_command(
     overwrite: options.Overwrite = False,
     executor: Annotated[
         str,
-        typer.Option("--executor", help="in_memory, or streaming: layer by layer from the disk, for large models."),
-    ] = "in_memory",
+        typer.Option(
+            "--executor",
+            help="auto: layer by layer from the disk, unless --device-map is given or it cannot be; or in_memory.",
+        ),
+    ] = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Compress the experts of a model, and write checkpoint, tokenizer, report with plots, recipe and card.
 
-    Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl --device-map auto
+    Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl
     """
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
-    factors = {"rank": rank, "keep_rows": keep_rows}
+    factors = {"rank": rank, "keep_rows": keep_rows, "settings": settings}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, seed=seed, **budget, **factors)
     from ..compress import compress_moe
     from ..planning import plan
@@ -71,6 +76,8 @@ def compress_command(
         trust_remote_code=trust_remote_code,
     )
     show(result.compression_report)
+    if hasattr(result, "streaming_summary"):
+        show_streaming(result.streaming_summary)
     show_loading(output, recipe.layout)
     typer.echo(f"Report with plots: {output / 'compression_report.html'}")
 
@@ -104,6 +111,15 @@ def show(report: "CompressionReport") -> None:
         show_trials(report.tried)
     for warning in report.warnings:
         typer.echo(f"- {warning}")
+
+
+def show_streaming(summary: "StreamingSummary") -> None:
+    """Print in one line what streaming took."""
+    resumed = f", {summary.resumed_visits} visits of layers were done before" if summary.resumed_visits else ""
+    typer.echo(
+        f"Streamed {summary.num_decoder_layers} decoder layers on {summary.device}, passes: {summary.passes}, "
+        f"read {human_bytes(summary.bytes_read)}, wrote {human_bytes(summary.bytes_written)}{resumed}"
+    )
 
 
 def show_trials(trials: list["Trial"]) -> None:

@@ -1,15 +1,17 @@
 """Options that several commands share, and the recipe that they describe."""
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from ..allocation import ALLOCATION
 from ..recipe import LAYOUTS, PRESETS, Recipe
-from ..recipe_reading import recipe_from_dict, recipe_from_preset, recipe_from_yaml
+from ..recipe_reading import RECIPE_FIELDS, recipe_from_dict, recipe_from_preset, recipe_from_yaml
 
 if TYPE_CHECKING:
     from ..fitting import Fit as Fitted
@@ -63,6 +65,16 @@ Rank = Annotated[int | None, typer.Option("--rank", help="Decompose experts into
 KeepRows = Annotated[
     float | None, typer.Option("--keep-rows", help="Share of the rows of the sparse part beside the factors.")
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Any field of the recipe, such as protect=super_experts, sequential=true or refit_options.ridge=0.01; "
+        "repeatable.",
+        autocompletion=completing(f"{name}=" for name in RECIPE_FIELDS),
+    ),
+]
 Fit = Annotated[
     str | None,
     typer.Option("--fit", help="Instead of --keep: memory that the result must fit, such as 24GB, with its cache."),
@@ -109,6 +121,7 @@ def build_recipe(
     rank: int | None = None,
     keep_rows: float | None = None,
     seed: int | None = None,
+    settings: list[str] | None = None,
 ) -> Recipe:
     """The recipe of the options: those given change that of `config` or `preset`.
 
@@ -134,7 +147,43 @@ def build_recipe(
         given = {"rank": rank, "keep_rows": keep_rows}
         options = base.decomposition_options | {name: value for name, value in given.items() if value is not None}
         changes |= {"decomposition": base.decomposition or "low_rank_sparse", "decomposition_options": options}
-    return recipe_from_dict({**base.to_dict(), **changes})
+    return recipe_from_dict(with_settings({**base.to_dict(), **changes}, settings or (), taken=changes))
+
+
+def with_settings(values: dict[str, Any], settings: Iterable[str], taken: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of a recipe with those of --set, each FIELD=VALUE or STEP_options.OPTION=VALUE with VALUE in YAML.
+
+    Raises:
+        ValueError: One that is not of this kind, is given twice, or is of a field in `taken`, which another option
+            gave.
+    """
+    values, seen = dict(values), set()
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        field, dot, option = name.partition(".")
+        if not equals or not name or (dot and not (option and field.endswith("_options"))):
+            raise ValueError(
+                f"--set {setting!r} must be FIELD=VALUE or STEP_options.OPTION=VALUE. "
+                "Write --set router=hessian or --set refit_options.ridge=0.01, for example."
+            )
+        if name in seen or field in taken or field == "preset":
+            raise ValueError(f"--set {setting!r}: {name!r} is given twice, or has an option of its own. Give it once.")
+        seen.add(name)
+        value = as_value(text, setting)
+        values[field] = {**values.get(field, {}), option: value} if dot else value
+    return values
+
+
+def as_value(text: str, setting: str) -> Any:
+    """What a text means in JSON, for which 1e-3 is a number as it is not for YAML; else in YAML."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {setting!r}: {text!r} is not valid YAML. Put it in quotes.") from error
 
 
 def as_layer(entry: str) -> int | str:

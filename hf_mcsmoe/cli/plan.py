@@ -26,6 +26,7 @@ def plan_command(
     rows: options.Rows = 1,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
+    settings: options.Set = None,
     as_json: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -34,7 +35,7 @@ def plan_command(
     Example: hf-mcsmoe plan Qwen/Qwen3-30B-A3B --config m-smoe --keep 0.5 --layout native
     """
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
-    factors = {"rank": rank, "keep_rows": keep_rows}
+    factors = {"rank": rank, "keep_rows": keep_rows, "settings": settings}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, **budget, **factors)
     from ..planning import plan
 

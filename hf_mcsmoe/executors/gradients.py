@@ -1,6 +1,7 @@
 """A calibration forward with a backward of the language-model loss, for statistics of gradients."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,8 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..calibration import Calibration
 from ..families import reading_part
 from ..types import MoeLayer
+
+GRAPH_BYTES = 2**31  # of activations that are kept for a backward pass instead of being computed again
 
 
 def check_gradients(model: PreTrainedModel, layers: Sequence[MoeLayer], names: Sequence[str]) -> None:
@@ -56,12 +60,34 @@ def check_in_memory(model: PreTrainedModel) -> None:
         )
 
 
+def graph_bytes(model: PreTrainedModel, layers: Sequence[MoeLayer], calibration: Calibration) -> int:
+    """About what the graph of one decoder layer takes for the largest batch, rather too much than too little.
+
+    With B rows of S tokens B S (16 D + k (6 I + 3 D)) numbers of the model's dtype, for the layer of `layers` where
+    that is most; with eager attention also 4 S for each head and token.
+    """
+    rows, length = max((tuple(batch.token_mask.shape) for batch in calibration.batches), key=math.prod)
+    config = model.config.get_text_config()
+    per_token = max(
+        16 * layer.hidden_size + layer.top_k * (6 * layer.intermediate_size + 3 * layer.hidden_size)
+        for layer in layers
+    )
+    if config._attn_implementation == "eager":
+        per_token += 4 * length * getattr(config, "num_attention_heads", 0)
+    return rows * length * per_token * model.dtype.itemsize
+
+
 @contextmanager
-def differentiable(model: PreTrainedModel) -> Iterator[None]:
+def differentiable(model: PreTrainedModel, bytes_of_layer: int) -> Iterator[None]:
     """Within the context a forward of `model` has a graph from its embeddings on, and no parameter gets a gradient.
 
-    Decoder layers are checkpointed where transformers can: only their inputs are kept, and each runs once more in the
-    backward. What was trainable before is trainable again afterwards.
+    The graphs of as many decoder layers as fit in `GRAPH_BYTES` are kept, those of the last ones. The others are
+    checkpointed where transformers can: only their inputs are kept, and each runs once more in the backward. What was
+    trainable before is trainable again afterwards.
+
+    Args:
+        model: All of it in memory.
+        bytes_of_layer: From `graph_bytes`.
     """
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     embeddings = reading_part(model).get_input_embeddings()
@@ -71,8 +97,9 @@ def differentiable(model: PreTrainedModel) -> Iterator[None]:
             stack.callback(parameter.requires_grad_, value)
         handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))  # noqa: ARG005
         stack.callback(handle.remove)
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and not drops(layer):
+        decoder = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in decoder[: max(0, len(decoder) - GRAPH_BYTES // bytes_of_layer)]:
+            if not drops(layer):
                 stack.enter_context(checkpointed(layer))
         yield
 

@@ -33,10 +33,14 @@ class HiddenStates:
         self._record = record
         self._kept = {}
 
+    def take(self, position: int) -> Tensor:
+        """The hidden states of one batch, for the last time: in RAM they are given away."""
+        return self._kept.pop(position) if position in self._kept else self.read(position)
+
     def read(self, position: int) -> Tensor:
-        """The hidden states of one batch; in RAM they are given away."""
+        """The hidden states of one batch; do not write into them."""
         if position in self._kept:
-            return self._kept.pop(position)
+            return self._kept[position]
         shapes, dtype = self._record["shapes"], getattr(torch, self._record["dtype"])
         sizes = [int(np.prod(shape)) * dtype.itemsize for shape in shapes]
         file = self.folder / self._record["file"]

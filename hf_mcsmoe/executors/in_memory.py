@@ -19,7 +19,7 @@ from ..observation.layer_inputs import LayerInputs, tokens_of_batch
 from ..statistics import STATISTICS
 from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_modules, with_decoder_inputs
-from .gradients import check_gradients, check_in_memory, differentiable, loss_of
+from .gradients import check_gradients, check_in_memory, differentiable, graph_bytes, loss_of
 from .observer import LayerObserver, announce, join_tied
 from .stream_outputs import watched_stream
 
@@ -66,6 +66,7 @@ def collect(
     held_out_tokens: int = HELD_OUT_TOKENS,
     calibration_tokens: int = 0,
     every_expert_tokens: int = 0,
+    refuse_unreached: bool = True,
     keeps_streams: bool = False,
     keeps_inputs: bool = True,
 ) -> dict[str, Collected]:
@@ -85,6 +86,7 @@ def collect(
         held_out_tokens: About how many held-out tokens to keep the inputs of.
         calibration_tokens: About how many of the others.
         every_expert_tokens: About how many tokens all experts are run on, for the statistics that ask for that.
+        refuse_unreached: Whether it is an error that no token reached any of `layers`, which may be a few of many.
         keeps_streams: Keep the residual stream after each layer for the same tokens.
         keeps_inputs: Keep the inputs.
 
@@ -93,7 +95,7 @@ def collect(
         D where the router is called with hidden states.
 
     Raises:
-        ValueError: No layer saw a token, or the sums of one are NaN or Inf.
+        ValueError: No layer saw a token and that is refused, or the sums of one are NaN or Inf.
     """
     of_gradients = sorted(name for name in needs if STATISTICS.trait(name, "gradients", False))
     if of_gradients:
@@ -101,7 +103,8 @@ def collect(
         check_in_memory(model)
     in_decoder = decoder_modules(model)
     observers = [LayerObserver(layer, needs, layer.experts in in_decoder) for layer in layers]
-    generator = torch.Generator().manual_seed(seed)
+    # One for each kind of draw: which tokens go to every expert must not depend on how many others are kept.
+    generators = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     num_held_out = sum(batch.held_out for batch in calibration.batches)
     num_others = len(calibration.batches) - num_held_out
     limit_of = {
@@ -122,11 +125,11 @@ def collect(
                 if keeps_streams:
                     stack.enter_context(watched_stream(model, observer.layer, observer.keep_stream))
             if of_gradients:
-                stack.enter_context(differentiable(model))
+                stack.enter_context(differentiable(model, graph_bytes(model, layers, calibration)))
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
             for position, batch in enumerate(bar):
                 batch = with_decoder_inputs(batch, model)
-                announce(observers, batch, limit_of[batch.held_out], everywhere, generator, input_device(model))
+                announce(observers, batch, limit_of[batch.held_out], everywhere, generators, input_device(model))
                 inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
                 called, inputs = forward_call(model, inputs)
                 inputs |= cheap_forward(called)
@@ -139,7 +142,7 @@ def collect(
     finally:
         model.train(was_training)
     observers = join_tied(observers)
-    if observers and not any(o.accumulator.num_tokens for o in observers):
+    if refuse_unreached and observers and not any(o.accumulator.num_tokens for o in observers):
         observers[0].accumulator.finish(observers[0].layer.name)  # raises
     return {
         o.layer.name: Collected(
@@ -154,8 +157,8 @@ def run_backward(
 ) -> None:
     """A forward that observers watch, and a backward in which they only note gradients.
 
-    Memory: the inputs of all decoder layers, the graph of one and the logits of the batch, and 2 D numbers for each of
-    its tokens and MoE layers.
+    Memory: the inputs of all decoder layers, the graph of one or of as many as fit in `GRAPH_BYTES`, the logits of the
+    batch, and 2 D numbers for each of its tokens and MoE layers.
     """
     with torch.enable_grad():
         loss = loss_of(called, inputs, batch.token_mask)

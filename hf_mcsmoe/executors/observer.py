@@ -179,18 +179,21 @@ def announce(
     batch: CalibrationBatch,
     limit: int,
     everywhere: int,
-    generator: torch.Generator,
+    generators: tuple[torch.Generator, torch.Generator],
     device: torch.device,
 ) -> None:
-    """Tell the observers which tokens of the coming batch count, which `limit` to keep, and which go `everywhere`."""
+    """Tell the observers which tokens of the coming batch count, which `limit` to keep, and which go `everywhere`.
+
+    Each of the two draws has a generator of its own.
+    """
     for in_decoder in (False, True):
         watching = [observer for observer in observers if observer.in_decoder == in_decoder]
         if not watching:
             continue
         mask = (decoder_mask(batch) if in_decoder else batch.token_mask).flatten()
-        sampled = draw(mask, limit, generator, device)
+        sampled = draw(mask, limit, generators[0], device)
         runs_all = not batch.held_out and any(one.accumulator.names_of["every_expert"] for one in watching)
-        to_all = draw(mask, everywhere, generator, device) if runs_all else None
+        to_all = draw(mask, everywhere, generators[1], device) if runs_all else None
         for observer in watching:
             observer.token_mask = mask.to(device)
             observer.is_held_out = batch.held_out

@@ -2,8 +2,6 @@
 
 import dataclasses
 import errno
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,35 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
-from ..allocation import ALLOCATION
 from ..calibration import Calibration
 from ..families import find_layers
-from ..layer.protection import check_room, protected_experts, with_protected
-from ..layouts import budget_of_layer, native_target, resolve_layers
+from ..layouts import native_target, resolve_layers
 from ..loading import empty_model, read_config
-from ..outcome import conclude, count, package_version
-from ..protection import PROTECTION
+from ..outcome import conclude, count
+from ..pipeline import leave_unreached
 from ..publishing.report import read_report
 from ..publishing.statistics_file import read_statistics
 from ..recipe import Recipe
+from ..saved_statistics import OtherModelError, SavedStatistics
 from ..sizes import measure
-from ..types import CompressionReport, LayerStatistics
+from ..types import CompressionReport, MoeLayer
 from .decoder_stack import DecoderStack
 from .journal import JOURNAL_FILE, Journal
 from .output_shards import is_disk_full, publish
 from .shards import NotStreamableError, Shards
 from .skeleton import open_skeleton, targets
-from .streaming_run import StreamingRun, StreamingSummary
+from .streaming_budgets import decide_budgets
+from .streaming_choice import check_streamable, choose_device, say_loaded
+from .streaming_fingerprint import fingerprint
+from .streaming_model import StreamedModel
+from .streaming_passes import Passes, has_room_for_tokens, plan_passes
+from .streaming_run import StreamingRun
+from .streaming_summary import StreamingSummary
 
-logger = logging.get_logger(__name__)
-
-ONE_PASS_ALLOCATIONS = ("uniform",)  # these do not look at the statistics of other layers
 HIDDEN_STATES_BYTES = 2**30
 
 
@@ -48,7 +45,7 @@ def compress_by_streaming(
     path: str | os.PathLike,
     config: PreTrainedConfig,
     recipe: Recipe,
-    data: Calibration,
+    data: Calibration | SavedStatistics,
     output: Path,
     *,
     tokenizer: Any = None,
@@ -64,13 +61,13 @@ def compress_by_streaming(
     layer that was finished. `output` appears when it is complete.
 
     Memory: two decoder layers, the embeddings, and `hidden_states_bytes` or one batch of hidden states.
-    Passes over the weights: one with `allocation="uniform"`, else two, the second without forwards.
+    Passes over the weights: one or two, see `plan_passes`.
 
     Args:
         path: Folder or Hub id with safetensors.
         config: Its configuration.
         recipe: Checked.
-        data: Calibration batches.
+        data: Calibration batches, or what calibration left.
         output: Folder that does not exist, or may be replaced.
         tokenizer: Written beside the model.
         dtype: Of weights, computation and result; "auto" for that of the checkpoint.
@@ -85,45 +82,33 @@ def compress_by_streaming(
 
     Raises:
         NotStreamableError: The model's layers cannot run one at a time. Nothing is left behind.
-        ValueError: The checkpoint is damaged, or an unfinished run of something else is in the way.
+        ValueError: The checkpoint is damaged, saved statistics are of another model, or an unfinished run of
+            something else is in the way.
         OSError: The disk is full; finished layers stay, and the same call goes on.
     """
-    check_streamable(config, trust_remote_code)
-    if recipe.sequential:
-        raise NotStreamableError("its recipe is sequential")
-    if recipe.statistics_with("gradients"):
-        raise NotStreamableError("its recipe needs gradients of the loss, through all layers at once")
+    check_streamable(config, recipe, trust_remote_code)
     shards = Shards(path)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
-    layers, excluded = resolve_layers(find_layers(model), recipe)
-    DecoderStack(model, layers)  # refuses before a file is written
+    if isinstance(data, SavedStatistics):
+        data.check_configuration(model)
+    layers, _ = resolve_layers(find_layers(model), recipe)
+    summary = StreamingSummary(0, 0, str(device), len(DecoderStack(model, layers)))  # refuses before a file is written
     target_of = targets(model, shards)
-    before, active = count(model), measure(model, find_layers(model)).active_parameters
     working = working_folder(output)
     journal = Journal(working, fingerprint(model, shards, recipe, data, device))
     if journal.done("published") and not (working / "model").exists():
         shutil.rmtree(working)
         return described_result(output)
-    native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
-    all_stay = budget_of_layer(layers, recipe) == [layer.num_slots for layer in layers]
-    one_pass = all_stay or (recipe.allocation in ONE_PASS_ALLOCATIONS and recipe.protect is None)
-    summary = StreamingSummary(1 if one_pass else 2, str(device), 0)
     try:
         with finished_layers_stay(working):
-            how = {"hidden_states_bytes": hidden_states_bytes, "progress": progress, "summary": summary}
-            run = StreamingRun(model, shards, target_of, layers, recipe, data, journal, device=device, **how)
-            summary.num_decoder_layers = len(run.stack)
-            stream(run, one_pass)
-            reports, layouts, recorded = run.results()
-            totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": []}
-            totals |= {"active_before": active, "statistics": recorded}
-            conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
-            run.output.finish(model, run.written(), totals["after"][0])
-            journal.append({"step": "published", "layer": 0})
-            shutil.rmtree(working / "replaced", ignore_errors=True)
-            publish(working / "model", output, model.compression_report, tokenizer)
-    except NotStreamableError:
+            passes = passes_of(journal, recipe, layers, data, result_bytes=count(model)[1])
+            summary.passes, summary.forwards = passes.number, passes.forwards(recipe)
+            how = {"device": device, "hidden_states_bytes": hidden_states_bytes, "summary": summary}
+            streamed = StreamedModel(model, shards, target_of, layers, data, working, **how)
+            run = StreamingRun(streamed, recipe, passes, journal, progress=progress)
+            finish(run, data, output, tokenizer)
+    except (NotStreamableError, OtherModelError):
         shutil.rmtree(working)
         raise
     shutil.rmtree(working)
@@ -132,12 +117,42 @@ def compress_by_streaming(
     return result
 
 
-def check_streamable(config: PreTrainedConfig, trust_remote_code: bool) -> None:
-    """Raise NotStreamableError for what the configuration alone rules out."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotStreamableError("its weights are quantized")
-    if trust_remote_code and getattr(config, "auto_map", None):
-        raise NotStreamableError("it brings its own code")
+def passes_of(
+    journal: Journal,
+    recipe: Recipe,
+    layers: list[MoeLayer],
+    data: Calibration | SavedStatistics,
+    *,
+    result_bytes: int,
+) -> Passes:
+    """The passes of a run: those that it began with, however much space the disk has now."""
+    if not journal.done("room"):
+        has_room = has_room_for_tokens(journal.folder, recipe, layers, data, result_bytes)
+        journal.append({"step": "room", "layer": 0, "keeps_tokens": has_room})
+    return plan_passes(recipe, layers, data, keeps_tokens=journal.done("room")[0]["keeps_tokens"])
+
+
+def finish(run: StreamingRun, data: Calibration | SavedStatistics, output: Path, tokenizer: Any) -> None:
+    """All visits of all layers, then everything beside the weights, then the folder goes to its place."""
+    model, recipe, working = run.streamed.model, run.recipe, run.journal.folder
+    before, active = count(model), measure(model, find_layers(model)).active_parameters
+    excluded = resolve_layers(find_layers(model), recipe)[1]
+    native = native_target(model, recipe, run.layers, excluded) if recipe.layout == "native" else None
+    run.streamed.read_before_stack()
+    *first, last = run.passes.descriptions
+    for description in first:
+        run.collect(description)
+    run.compress(last, decide_budgets(run))
+    run.write_rest()
+    reports, layouts, recorded = run.results()
+    layers, warnings = leave_unreached(run.layers, [report.layer for report in reports], recipe)
+    totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": warnings}
+    totals |= {"active_before": active, "statistics": recorded}
+    conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
+    run.output.finish(model, run.written(), totals["after"][0])
+    run.journal.append({"step": "published", "layer": 0})
+    shutil.rmtree(working / "replaced", ignore_errors=True)
+    publish(working / "model", output, model.compression_report, tokenizer)
 
 
 def stream_if_possible(path: str | os.PathLike, *args: Any, **kwargs: Any) -> PreTrainedModel | None:
@@ -145,56 +160,8 @@ def stream_if_possible(path: str | os.PathLike, *args: Any, **kwargs: Any) -> Pr
     try:
         return compress_by_streaming(path, *args, **kwargs)
     except NotStreamableError as reason:
-        logger.warning(
-            f"{str(path)!r} cannot be streamed: {reason}. It is loaded with device_map='auto' instead: layers that do "
-            "not fit in memory stay on the disk."
-        )
+        say_loaded(path, reason)
         return None
-
-
-def stream(run: StreamingRun, one_pass: bool) -> None:
-    """All visits of all layers."""
-    layers = [layer for found in run.layers_of.values() for layer in found]
-    budget = budget_of_layer(layers, run.recipe)
-    statistics_of_layer: list[LayerStatistics] = []
-    run.read_before_stack()
-    if one_pass:
-        equal = [torch.full((layer.num_slots,), 1 / layer.num_slots) for layer in layers]
-        saliency_of_layer, protected, description = equal, {}, "pass 1 of 1: statistics, merging"
-    else:
-        run.collect("pass 1 of 2: statistics")
-        saliency_of_layer, statistics_of_layer, protected = judge(run)
-        description = "pass 2 of 2: merging"
-    supply = {"statistics_of_layer": lambda: statistics_of_layer, "seed": lambda: run.recipe.seed}
-    how = {"options": run.recipe.allocation_options, "supply": supply}
-    allotted = ALLOCATION.call(run.recipe.allocation, saliency_of_layer, budget, **how)
-    num_experts = dict(zip([layer.name for layer in layers], allotted, strict=True))
-    check_room(run.recipe, num_experts, protected)
-    run.compress(description, num_experts, protected, with_forward=one_pass or run.recipe.needs_inputs)
-    run.write_rest()
-
-
-def judge(run: StreamingRun) -> tuple[list[Tensor], list[LayerStatistics], dict[str, Tensor]]:
-    """(saliency and statistics of each layer, protected experts by layer), from the statistics of all layers.
-
-    Memory: what budgets and protection read of them; the rest is read one layer at a time.
-    """
-    saliency_of_layer: dict[str, Tensor] = {}
-    statistics: dict[str, LayerStatistics] = {}
-    names = set(ALLOCATION.needs(run.recipe.allocation))
-    if run.recipe.protect is not None:
-        names |= PROTECTION.needs(run.recipe.protect)
-    for index, found in run.layers_of.items():
-        if not found:
-            continue
-        collected, saliency = run.load_statistics(index)
-        saliency_of_layer |= saliency
-        for layer, one in collected.items():
-            sums = {name: one.statistics.sums[name] for name in names if name in one.statistics.sums}
-            statistics[layer] = LayerStatistics(one.statistics.num_tokens, one.statistics.selection_count, sums)
-    protected = protected_experts(run.recipe, statistics)
-    saliency = [with_protected(one, protected.get(layer)) for layer, one in saliency_of_layer.items()]
-    return saliency, list(statistics.values()), protected
 
 
 def working_folder(output: Path) -> Path:
@@ -220,51 +187,6 @@ def described_result(output: Path) -> PreTrainedModel:
     model = empty_model(read_config(output))
     model.compression_report = dataclasses.replace(report, statistics=read_statistics(output))
     return model
-
-
-def choose_executor(executor: str, path: str | Path | None, output_dir: str | Path | None, device_map: Any) -> bool:
-    """Whether to stream.
-
-    Raises:
-        ValueError: An unknown executor, or streaming without a path, without an output or with a device map.
-    """
-    if executor not in ("auto", "in_memory", "streaming"):
-        raise ValueError(f"executor {executor!r} is unknown; choose one of ['auto', 'in_memory', 'streaming'].")
-    possible = path is not None and output_dir is not None and device_map is None
-    if executor == "streaming" and not possible:
-        raise ValueError(
-            "executor 'streaming' needs the path or Hub id of a model, an output_dir, and no device_map. "
-            "Give those, or use executor='in_memory'."
-        )
-    return possible and executor != "in_memory"
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device, "auto" being the GPU where there is one."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def fingerprint(
-    model: PreTrainedModel, shards: Shards, recipe: Recipe, data: Calibration, device: torch.device
-) -> dict[str, Any]:
-    """Everything that decides the bytes of the result, as JSON."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config.pop("_name_or_path", None)
-    digest = hashlib.sha256()
-    for batch in data.batches:  # unlike the data's own fingerprint, with padding and order
-        digest.update(repr(tuple(batch.token_mask.shape)).encode())
-        digest.update(batch.inputs["input_ids"].cpu().contiguous().numpy().tobytes())
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "hf_mcsmoe": package_version()}
-    return {
-        "versions": versions,
-        "device": device.type,
-        "dtype": str(model.config.dtype),
-        "model": {"config": config, "shards": shards.fingerprint()},
-        "recipe": recipe.to_dict(),
-        "calibration": {**data.fingerprint(), "batches": digest.hexdigest()},
-    }
 
 
 @contextmanager

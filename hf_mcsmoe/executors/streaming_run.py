@@ -1,178 +1,127 @@
 """One visit a decoder layer: read it, run it, compress it, write it, forget it."""
 
+import dataclasses
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from ..calibration import Calibration
 from ..layer.compression import compress_layer
 from ..modeling.merged_model import merged_class
-from ..observation.layer_inputs import LayerInputs, TensorOfBlock
+from ..observation.layer_inputs import LayerInputs
 from ..outcome import count
-from ..pipeline import check_finite, saliency_of
+from ..pipeline import check_finite, leave_unreached, saliency_of
 from ..recipe import Recipe
+from ..saved_statistics import SavedStatistics
 from ..types import LayerReport, LayerStatistics, MoeLayer
-from .decoder_stack import DecoderStack
-from .hidden_states import HiddenStates
-from .in_memory import Collected, collect
+from .in_memory import Collected
 from .journal import Journal
-from .kept_inputs import amounts
 from .output_shards import OutputShards
-from .shards import Shards
-from .skeleton import load_tensors, release, stored_tensors, tied_names
+from .skeleton import tied_names
+from .streaming_budgets import Budgets
+from .streaming_model import StreamedModel
+from .streaming_passes import Passes
+from .streaming_statistics import StatisticsFiles
 from .wanted import wanted_by
-
-
-@dataclass
-class StreamingSummary:
-    """What a streaming run cost, beside the report."""
-
-    passes: int  # over the original weights
-    device: str
-    num_decoder_layers: int
-    resumed_visits: int = 0  # visits of layers that an earlier run had done
-    bytes_read: int = 0
-    bytes_written: int = 0
-    seconds_of_step: dict[str, float] = field(default_factory=dict)  # "read", "forward", "merge", "write"
-
-    def add_seconds(self, step: str, start: float) -> float:
-        """Count the time since `start` for `step`; returns the time now."""
-        now = time.perf_counter()
-        self.seconds_of_step[step] = self.seconds_of_step.get(step, 0.0) + now - start
-        return now
 
 
 class StreamingRun:
     """The visits of all decoder layers, each done once, in this run or an earlier one.
 
-    Memory: one decoder layer as it is stored, the same layer as it becomes, and while it is fused from experts stored
-    one by one its largest tensor once more; the embeddings; the hidden states that `hidden_states_bytes` allows.
+    Memory: that of `StreamedModel`, and the layer at work once more as it becomes.
 
     Args:
-        model: Without weights, see `open_skeleton`.
-        shards: Where the weights are.
-        target_of: See `targets`.
-        layers: The MoE layers to compress.
-        recipe: How.
-        data: On what.
+        streamed: The model and its data.
+        recipe: How its MoE layers are compressed.
+        passes: What each pass does.
         journal: Of the working folder.
-        device: Where layers are computed.
-        hidden_states_bytes: Most bytes of hidden states to keep in RAM.
-        progress: Show a progress bar.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: A shard that an earlier run wrote is gone.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        shards: Shards,
-        target_of: dict[str, str],
-        layers: list[MoeLayer],
-        recipe: Recipe,
-        data: Calibration,
-        journal: Journal,
-        *,
-        device: torch.device,
-        hidden_states_bytes: int,
-        progress: bool,
-        summary: StreamingSummary,
-    ):
-        self.model, self.shards, self.recipe, self.data, self.journal = model, shards, recipe, data, journal
-        self.device, self.progress, self.summary = device, progress, summary
+    def __init__(self, streamed: StreamedModel, recipe: Recipe, passes: Passes, journal: Journal, *, progress: bool):
+        self.streamed, self.recipe, self.passes, self.journal = streamed, recipe, passes, journal
+        self.progress, self.summary = progress, streamed.summary
         self.start = time.perf_counter() - journal.seconds
-        self.stack = DecoderStack(model, layers)
-        self.hidden_states = HiddenStates(journal.folder, hidden_states_bytes)
+        model, self.stack = streamed.model, streamed.stack
+        self.layers = [layer for found in streamed.layers_of.values() for layer in found]
+        self.wanted = wanted_by(recipe)
+        self.saved = streamed.data if isinstance(streamed.data, SavedStatistics) else None
+        names = [layer.name for layer in self.layers]
+        self.files = StatisticsFiles(journal.folder, names, streamed.device)
+        if self.saved is not None:
+            self.saved.devices = dict.fromkeys(names, streamed.device)
         original_format = recipe.layout == "native" or merged_class(type(model)).saves_original_format
         self.output = OutputShards(journal.folder / "model", len(self.stack) + 1, original_format)
-        self.layers_of: dict[int, list[MoeLayer]] = {index: [] for index in range(len(self.stack))}
-        for layer in layers:
-            self.layers_of[self.stack.index_of(f"{layer.name}.")].append(layer)
-        self.last_moe = max(index for index, found in self.layers_of.items() if found)
-        self.names_of: dict[int | None, list[str]] = {index: [] for index in [None, *self.layers_of]}
-        for name, target in target_of.items():
-            self.names_of[self.stack.index_of(target)].append(name)
-        head = model.get_output_embeddings()
-        of_head = {f"{path}." for path, module in model.named_modules() if module is head and head is not None}
-        self.after_stack = [n for n in self.names_of[None] if any(n.startswith(path) for path in of_head)]
         self.tied = tied_names(model)
         self.originally = [count(module) for module in self.stack.modules]
-        self.prefetcher = ThreadPoolExecutor(max_workers=1)
         self._check_written()
 
-    def read_before_stack(self) -> None:
-        """Give everything outside of the decoder layers its weights, except the output head."""
-        self._read([name for name in self.names_of[None] if name not in self.after_stack])
-
     def collect(self, description: str) -> None:
-        """Statistics of all layers, saved one layer at a time."""
+        """What budgets depend on, and with it all that can be kept for the second pass, layer by layer."""
         done = self.journal.done("statistics")
-        self._restore_hidden_states(done)
-        for index in self._bar(range(self.last_moe + 1), description, done):
-            self._read_layer(index)
-            collected = self._forward(index)
-            if self.layers_of[index]:
-                statistics = {name: one.statistics for name, one in collected.items()}
-                saliency = {x.name: saliency_of(x, self.recipe, statistics[x.name]) for x in self.layers_of[index]}
-                self._save_statistics(index, collected, saliency)
-            self._record("statistics", index, {"hidden": self.hidden_states.record, "outputs": self.stack.num_outputs})
-            self._forget(index)
+        if done and self.saved is None:
+            self.streamed.restore(done[max(done)])
+        for index in self._bar(range(self.streamed.last_moe + 1), description, done):
+            with self.streamed.layer(index):
+                collected = self._first_look(index)
+                for layer in self.streamed.layers_of[index]:
+                    of_layer = collected[layer.name]
+                    is_reached = of_layer.statistics is not None
+                    saliency = saliency_of(layer, self.recipe, of_layer.statistics) if is_reached else None
+                    self.summary.bytes_written += self.files.write(layer.name, of_layer, saliency)
+                self._record("statistics", index, self.streamed.record)
 
-    def compress(
-        self, description: str, num_experts: dict[str, int], protected: dict[str, Tensor], *, with_forward: bool
-    ) -> None:
-        """Compress and write all layers.
-
-        Args:
-            description: For the progress bar.
-            num_experts: M of each layer, by its name.
-            protected: Experts that stay as they are, (N,) bool, by the name of the layers that have some.
-            with_forward: Statistics come from a forward now; else from `collect`.
-        """
+    def compress(self, description: str, budgets: Budgets) -> None:
+        """Compress and write all layers."""
         done = self.journal.done("layer")
-        if with_forward:
-            self._restore_hidden_states(done)
+        if done and self.passes.runs_data_last:
+            self.streamed.restore(done[max(done)])
         for index in self._bar(range(len(self.stack)), description, done):
-            self._read_layer(index)
-            collected: dict[str, Collected] = {}
-            if with_forward and index <= self.last_moe:
-                collected = self._forward(index)
-            elif self.layers_of[index]:
-                collected = self.load_statistics(index)[0]
-            start = time.perf_counter()
-            reports, layouts, recorded = [], {}, {}
-            for layer in self.layers_of[index]:
-                of_layer, how = collected.pop(layer.name), (num_experts[layer.name], protected.get(layer.name))
-                report, layouts[layer.name], found = compress_layer(layer, self.recipe, of_layer, *how)
-                reports.append(asdict(report))
-                recorded |= found
-            save_file(recorded, self._record_file(index))
-            start = self.summary.add_seconds("merge", start)
-            written = self._write(index, stored_tensors(self.stack.modules[index], self.stack.prefix(index)))
-            self.summary.add_seconds("write", start)
-            hidden = {"hidden": self.hidden_states.record, "outputs": self.stack.num_outputs}
-            results = {"reports": reports, "layouts": layouts, "count": count(self.stack.modules[index])}
-            self._record("layer", index, {**written, **hidden, **results})
-            self._forget(index)
+            with self.streamed.layer(index):
+                reports, layouts, recorded = [], {}, {}
+                for layer, collected in self._visits(index):
+                    if collected.statistics is None:
+                        if self.recipe.layout == "native":
+                            leave_unreached([layer], (), self.recipe)
+                        continue
+                    start = time.perf_counter()
+                    how = (budgets.num_experts[layer.name], budgets.protected(layer))
+                    report, layouts[layer.name], found = compress_layer(layer, self.recipe, collected, *how)
+                    reports.append(asdict(report))
+                    recorded |= found
+                    self.summary.add_seconds("merge", start)
+                start = time.perf_counter()
+                save_file(recorded, self._record_file(index))
+                written = self._write(index, self.streamed.tensors(index))
+                self.summary.add_seconds("write", start)
+                results = {"reports": reports, "layouts": layouts, "count": count(self.stack.modules[index])}
+                self._record("layer", index, {**written, **self.streamed.record, **results})
+                for layer in self.streamed.layers_of[index]:
+                    self.files.forget(layer.name)
 
     def write_rest(self) -> None:
         """Write everything outside of the decoder layers."""
         if not self.journal.done("rest"):
-            self._read(self.after_stack)
-            tensors = {
-                name: tensor
-                for name, tensor in self.model.state_dict().items()
-                if self.stack.index_of(name) is None and name not in self.tied
-            }
+            self.streamed.read_after_stack()
+            tensors = {name: t for name, t in self.streamed.tensors_outside().items() if name not in self.tied}
             self._record("rest", len(self.stack), self._write(len(self.stack), tensors))
-        release(self.model)
-        self.prefetcher.shutdown()
+        self.streamed.close()
+
+    def first_look(self, layer: MoeLayer) -> tuple[LayerStatistics | None, Tensor | None]:
+        """(statistics, saliency) of a layer, after the first pass or from saved statistics; None if not reached."""
+        if self.passes.has_first:
+            statistics = self.files.statistics(layer.name)
+            return statistics, None if statistics is None else self.files.saliency(layer.name)
+        statistics = self.saved.statistics_of(layer.name)
+        return statistics, None if statistics is None else saliency_of(layer, self.recipe, statistics)
 
     def results(self) -> tuple[list[LayerReport], dict[str, Any], dict[str, Tensor]]:
         """Reports, layouts and recorded statistics of all compressed layers, in the order of the model."""
@@ -186,6 +135,14 @@ class StreamingRun:
         """What was written, one record a shard."""
         return [record for record in self.journal.records if record["step"] in ("layer", "rest")]
 
+    def count_after(self, before: tuple[int, int]) -> tuple[int, int]:
+        """(parameters, bytes) of the result, when the original has `before`."""
+        records = self.journal.done("layer").values()
+        return tuple(
+            total - sum(original[place] for original in self.originally) + sum(r["count"][place] for r in records)
+            for place, total in enumerate(before)
+        )
+
     def _check_written(self) -> None:
         for record in self.written():
             file = self.output.folder / record["file"]
@@ -195,28 +152,47 @@ class StreamingRun:
                     f"Delete {str(self.journal.folder)!r} to start afresh."
                 )
 
-    def count_after(self, before: tuple[int, int]) -> tuple[int, int]:
-        """(parameters, bytes) of the result, when the original has `before`."""
-        records = self.journal.done("layer").values()
-        return tuple(
-            total - sum(original[place] for original in self.originally) + sum(r["count"][place] for r in records)
-            for place, total in enumerate(before)
-        )
+    def _first_look(self, index: int) -> dict[str, Collected]:
+        layers = self.streamed.layers_of[index]
+        self._check(index)
+        if self.saved is not None:
+            nothing = LayerInputs()
+            return {x.name: Collected(self.saved.statistics_of(x.name), nothing, nothing) for x in layers}
+        found = self.streamed.observe(index, layers, self.wanted, self.passes.first_needs, passes_on=True)
+        if self.passes.runs_data_last:
+            found = {name: dataclasses.replace(one, calibration=LayerInputs()) for name, one in found.items()}
+        return found
 
-    def load_statistics(self, index: int) -> tuple[dict[str, Collected], dict[str, Tensor]]:
-        """(what the forward left, saliency) that `collect` saved for a decoder layer, by MoE layer."""
-        # No code comes out of the file: tensors, plain containers and these values only.
-        with torch.serialization.safe_globals([Collected, LayerInputs, LayerStatistics, TensorOfBlock]):
-            return torch.load(self._statistics_file(index), map_location=self.device, weights_only=True)
+    def _visits(self, index: int) -> Iterator[tuple[MoeLayer, Collected]]:
+        """Each MoE layer of a decoder layer with what it is compressed on, to be done before the next is asked for."""
+        layers, passes = self.streamed.layers_of[index], self.passes
+        if not passes.has_first:
+            self._check(index)
+        if not passes.runs_data_last:
+            for layer in layers:
+                yield layer, self.saved[layer.name] if self.saved is not None else self.files.collected(layer.name)
+        elif self.recipe.sequential:
+            for layer in layers:
+                yield layer, self._observe(index, [layer], passes_on=False)[layer.name]
+            if index < self.streamed.last_moe:
+                self._observe(index, [], passes_on=True)
+        elif index <= self.streamed.last_moe:
+            collected = self._observe(index, layers, passes_on=True)
+            for layer in layers:
+                of_layer = collected.pop(layer.name)
+                if passes.has_first:
+                    of_layer = dataclasses.replace(of_layer, statistics=self.files.statistics(layer.name))
+                yield layer, of_layer
 
-    def _save_statistics(self, index: int, *values: Any) -> None:
-        temporary = self._statistics_file(index).with_suffix(".tmp")
-        torch.save(values, temporary)
-        temporary.rename(self._statistics_file(index))
-        self.summary.bytes_written += self._statistics_file(index).stat().st_size
+    def _observe(self, index: int, layers: list[MoeLayer], *, passes_on: bool) -> dict[str, Collected]:
+        return self.streamed.observe(index, layers, self.wanted, self.passes.last_needs, passes_on=passes_on)
 
-    def _statistics_file(self, index: int) -> Path:
-        return self.journal.folder / f"statistics-{index:05d}.pt"
+    def _check(self, index: int) -> None:
+        """Refuse weights that are no numbers, or not those that statistics were saved of."""
+        check_finite(self.streamed.layers_of[index])
+        if self.saved is not None:
+            for layer in self.streamed.layers_of[index]:
+                self.saved.check_layer(layer)
 
     def _record_file(self, index: int) -> Path:
         """For what report and plots need of the statistics of a decoder layer."""
@@ -227,58 +203,11 @@ class StreamingRun:
         self.summary.resumed_visits += len(done)
         return tqdm(left, description, total=len(indices), initial=len(done), unit="layer", disable=not self.progress)
 
-    def _read(self, names: list[str]) -> None:
-        load_tensors(self.model, self.shards, names, self.device)
-        self.summary.bytes_read += self.shards.num_bytes(names)
-
-    def _read_layer(self, index: int) -> None:
-        start = time.perf_counter()
-        self._read(self.names_of[index])
-        if index not in self.journal.done("statistics"):
-            check_finite(self.layers_of[index])
-        self.prefetcher.submit(self.shards.prefetch, self.names_of.get(index + 1, []))
-        self.summary.add_seconds("read", start)
-
-    def _forward(self, index: int) -> dict[str, Collected]:
-        """What a forward leaves of the MoE layers in decoder layer `index`; its outputs replace the hidden states."""
-        start = time.perf_counter()
-        wanted = wanted_by(self.recipe)
-        with self.hidden_states.written(index) as writer, self.stack.only(index) as run:
-
-            def forward(position: int, inputs: dict[str, Any]) -> None:
-                given = None if index == 0 else self.hidden_states.read(position)
-                output = run(given, **inputs)
-                if index < self.last_moe:
-                    writer.append(output)
-
-            results = collect(
-                self.model,
-                self.layers_of[index],
-                self.data,
-                wanted.statistics,
-                progress=False,
-                forward=forward,
-                **amounts(wanted, keeps_tokens=True),
-            )
-        self.summary.add_seconds("forward", start)
-        self.summary.bytes_written += writer.num_bytes
-        return results
-
-    def _restore_hidden_states(self, done: dict[int, dict[str, Any]]) -> None:
-        if done:
-            last = done[max(done)]
-            self.hidden_states.restore(last["hidden"])
-            self.stack.num_outputs = last["outputs"]
-
     def _write(self, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        written = self.output.write(number, self.model, tensors)
+        written = self.output.write(number, self.streamed.model, tensors)
         self.summary.bytes_written += written["bytes"]
         return written
 
     def _record(self, step: str, index: int, values: dict[str, Any]) -> None:
         seconds = time.perf_counter() - self.start
         self.journal.append({"step": step, "layer": index, "seconds": seconds, **values})
-
-    def _forget(self, index: int) -> None:
-        release(self.stack.modules[index])
-        self.hidden_states.clean()

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..evaluation import Evaluation
-from ..modeling.merged_model import SHIM_NAME
+from ..modeling.shim import SHIM_NAME
 from ..outcome import package_version
 from ..publishing import CARD_FILE, RECIPE_FILE, REPORT_FILE
 

@@ -57,7 +57,7 @@ def compress_layer(
     before = targets_of(routed_output(layer, collected.held_out), collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_sizes = sizes_after(layer, recipe, num_experts)
-    original = functools.cache(lambda: original_tokens(layer, collected))
+    original = functools.cache(lambda: original_tokens(layer, collected, with_targets=recipe.is_fitted_on_tokens))
     merged = merge_layer(layer, recipe, collected.statistics, num_experts, original, protected)
     share = duplicate_share(merged.groups, collected.held_out) if merged.routing.slot_map is not None else None
     layout = layout_of_layer(layer, merged.groups, worth_collapsing(recipe, share))
@@ -186,7 +186,9 @@ def fit_layer(
     supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
     if tokens is None:
         return fit_experts(experts, layer.family.activation(layer), recipe, budget, [], [], supply)
-    return fit_experts(experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out, supply)
+    return fit_experts(
+        experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out, supply, tokens.features
+    )
 
 
 def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:

@@ -5,6 +5,7 @@ import dataclasses
 from torch import Tensor
 
 from ..constants import CONSTANTS
+from ..observation.gated_features import RoutedTokens
 from ..observation.layer_tokens import LayerTokens
 from ..recipe import Recipe
 from ..types import ExpertGroups, LayerStatistics
@@ -21,11 +22,14 @@ def constants_of_layer(recipe: Recipe, statistics: LayerStatistics, groups: Expe
 def without_constants(original: LayerTokens, tokens: LayerTokens, dropped: Tensor, constants: Tensor) -> LayerTokens:
     """Tokens whose targets are what is left for the experts when the constants of dropped slots have been added."""
     vectors = constants.float()
+
+    def what_is_left(batch: RoutedTokens, gates: Tensor) -> RoutedTokens:
+        if batch.targets is None:
+            return batch
+        return dataclasses.replace(batch, targets=batch.targets - gates @ vectors.to(gates.device))
+
     calibration, held_out = (
-        [
-            dataclasses.replace(b, targets=b.targets - first.gates[:, dropped] @ vectors.to(b.targets.device))
-            for first, b in zip(before, now, strict=True)
-        ]
+        [what_is_left(batch, first.gates[:, dropped]) for first, batch in zip(before, now, strict=True)]
         for before, now in ((original.calibration, tokens.calibration), (original.held_out, tokens.held_out))
     )
     return dataclasses.replace(tokens, calibration=calibration, held_out=held_out)

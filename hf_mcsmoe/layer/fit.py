@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,15 @@ from ..observation.gated_features import (
     Activation,
     FeatureSums,
     RoutedTokens,
+    add_outputs,
     apply_down,
     dense_gates,
+    in_chunks,
+    output_of_biases,
     sum_expert_grams,
     sum_features,
 )
+from ..observation.kept_features import KeptFeatures
 from ..observation.layer_inputs import LayerInputs, choice, relative_error
 from ..recipe import Recipe
 from ..refit import REFIT
@@ -44,18 +48,20 @@ class FittedExperts:
 
 
 @torch.no_grad()
-def original_output(experts: PackedExperts, activation: Activation, inputs: LayerInputs) -> list[Tensor]:
-    """What the experts of the original layer give for the kept tokens, (t, D) float32 a batch."""
-    targets = []
-    for hidden_states, index, weights in inputs.experts_inputs:
-        gates = dense_gates(index, weights, experts.num_experts)
-        empty = hidden_states.new_empty(hidden_states.shape, dtype=torch.float32)
-        targets.append(apply_down(experts, activation, RoutedTokens(hidden_states, gates, empty)))
-    return targets
+def with_answers(features: KeptFeatures) -> list[RoutedTokens]:
+    """The batches of `features` with what their experts give for them as targets, (t, D) float32 a batch."""
+    experts, batches = features.experts, features.batches
+    device, outputs = experts.up.device, []
+    for chunk, found in zip(in_chunks(batches), features, strict=True):
+        output = output_of_biases(experts, chunk.gates.to(device))
+        output = torch.zeros(chunk.hidden_states.shape, device=device) if output is None else output
+        outputs.append(add_outputs(experts, found, output))
+    targets = torch.cat(outputs).split([len(batch.gates) for batch in batches]) if outputs else ()
+    return [dataclasses.replace(b, targets=answer) for b, answer in zip(batches, targets, strict=True)]
 
 
 def routed_tokens(
-    layer: MoeLayer, inputs: LayerInputs, assignment: Tensor, targets: list[Tensor], *, reroute: bool
+    layer: MoeLayer, inputs: LayerInputs, assignment: Tensor, targets: list[Tensor | None], *, reroute: bool
 ) -> list[RoutedTokens]:
     """What the experts of a compressed layer see and should give, batch by batch.
 
@@ -63,7 +69,7 @@ def routed_tokens(
         layer: With the router that the result will have.
         inputs: What the layer was given.
         assignment: (slots, M) float32: 1 where a slot of the router goes to an expert.
-        targets: From `original_output`.
+        targets: What they should give, batch by batch; None where nobody asks.
         reroute: The router is not the one whose choice was kept.
     """
     tokens = []
@@ -83,6 +89,7 @@ def fit_experts(
     tokens: list[RoutedTokens],
     held_out: list[RoutedTokens],
     supply: Mapping[str, Callable[[], Any]] | None = None,
+    known: KeptFeatures | None = None,
 ) -> FittedExperts:
     """Select neurons and refit the down projections, as the recipe says.
 
@@ -94,30 +101,35 @@ def fit_experts(
         tokens: What the experts will see under the gates of the result, and what the layer should give.
         held_out: The same for other tokens; may be empty.
         supply: What else a selection may ask for, beside "grams", "sums" of features and the "budget".
+        known: Features that may be those of `experts` on `tokens`.
     """
+    is_known = known is not None and known.serves(experts, tokens)
+    features = known if is_known else KeptFeatures(experts, activation, tokens)
+    columns = None
     if recipe.selection is not None and num_neurons < experts.num_neurons:
         is_uniform = recipe.layout == "native"
         budget = num_neurons // experts.num_experts if is_uniform else num_neurons
         least = least_width(budget, experts.num_experts, is_uniform)
         is_small = experts.num_neurons <= MOST_JOINT_NEURONS
         supply = {
-            "grams": lambda: grams_of(experts, activation, tokens),
-            "sums": lambda: sum_features(experts, activation, tokens) if is_small else None,
+            "grams": lambda: grams_of(features),
+            "sums": lambda: sum_features(experts, activation, tokens, features) if is_small else None,
             "budget": lambda: (num_neurons, least),
             **(supply or {}),
         }
         saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
         saliency = saliency.to(experts.up.device)
         kept = choose_neurons(saliency, experts.offsets.tolist(), budget, is_uniform)
-        experts = experts.select_neurons(kept)
+        experts, columns = experts.select_neurons(kept), features.of_neurons(kept)
     if recipe.refit is None:
         return FittedExperts(experts, None, None, False)
-    return refit_down(experts, activation, recipe, tokens, held_out)
+    return refit_down(experts, activation, recipe, tokens, held_out, columns or features)
 
 
-def grams_of(experts: PackedExperts, activation: Activation, tokens: list[RoutedTokens]) -> list[Tensor]:
+def grams_of(features: KeptFeatures) -> list[Tensor]:
     """For each expert the Gram of its gated neurons, (width, width) float64, also where no token reached it."""
-    return with_unreached(sum_expert_grams(experts, activation, tokens), experts, activation, tokens)
+    of_what = (features.experts, features.activation, features.batches)
+    return with_unreached(sum_expert_grams(*of_what, features), *of_what)
 
 
 def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uniform: bool) -> Tensor:
@@ -155,18 +167,19 @@ def refit_down(
     recipe: Recipe,
     tokens: list[RoutedTokens],
     held_out: list[RoutedTokens],
+    features: Iterable[list[tuple[Tensor, Tensor]]] | None = None,
 ) -> FittedExperts:
     """The experts with new down projections, unless held-out tokens say that the old ones were better.
 
     Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`, which takes the first of the
-    option `ridges`.
+    option `ridges`. `features` are those of `experts` on `tokens`, where they are at hand.
     """
     if experts.num_neurons > MOST_JOINT_NEURONS:
         ridge = recipe.refit_options.get("ridges", (RIDGE,))[0]
         fitted = dataclasses.replace(experts, down=refit_by_passes(experts, activation, tokens, ridge).float())
         before, after = (relative_output_error(one, activation, held_out) for one in (experts, fitted))
     else:
-        sums = sum_features(experts, activation, tokens)
+        sums = sum_features(experts, activation, tokens, features)
         others = sum_features(experts, activation, held_out) if held_out else None
         down = experts.down.to(sums.gram.dtype)
         best = REFIT[recipe.refit](sums, others, experts.offsets.tolist(), down, **recipe.refit_options)
@@ -188,4 +201,4 @@ def relative(sums: FeatureSums | None, down: Tensor) -> float | None:
     """Squared error over energy of the targets; None without tokens or where the targets are all zero."""
     if sums is None or sums.energy <= 0:
         return None
-    return max(0.0, sums.error(torch.arange(len(down), device=down.device), down)) / sums.energy
+    return max(0.0, sums.error(down)) / sums.energy

@@ -1,9 +1,9 @@
 """Each weight of a group's experts by how much the loss depends on it."""
 
-import torch
 from torch import Tensor
 
 from ..merging import MERGING
+from ..solvers.entrywise_mean import entrywise_mean, of_tensors
 from ..types import ExpertWeights, LayerStatistics, permute
 
 
@@ -29,15 +29,9 @@ def merge_by_fisher(
     Returns:
         The merged expert, with a leading axis of 1.
     """
-    merged, start = {}, 0
-    information = statistics["fisher"][members]
+    information = of_tensors(statistics["fisher"][members], experts)
+    merged = {}
     for name, tensor in experts.tensors().items():
-        size = tensor[0].numel()
-        of_tensor = information[:, start : start + size].view(tensor.shape).to(tensor.device, torch.float32)
-        start += size
-        if order is not None:
-            of_tensor = permute(name, of_tensor, order[members])
-        total = of_tensor.sum(0)
-        weighted = (of_tensor * tensor).sum(0) / torch.where(total > 0, total, 1.0)
-        merged[name] = torch.where(total > 0, weighted, tensor.mean(0))[None]
+        of_tensor = information[name] if order is None else permute(name, information[name], order[members])
+        merged[name] = entrywise_mean(tensor, of_tensor)[None]
     return ExpertWeights(**merged)

@@ -33,20 +33,7 @@ from ..config import MergedSparseMoeConfig
 from ..local_paths import without_paths
 from .experts import build_merged_layers
 from .offload import offloaded_state_dict
-
-SHIM_NAME = "modeling_hf_mcsmoe"
-SHIM = '''"""This model needs the package hf_mcsmoe: pip install hf-mcsmoe"""
-from hf_mcsmoe import (  # noqa: F401
-    MergedSparseMoeConfig,
-    MergedSparseMoeForCausalLM,
-    MergedSparseMoeForImageTextToText,
-    MergedSparseMoeForMultimodalLM,
-    MergedSparseMoeForSeq2SeqLM,
-    MergedSparseMoeForSequenceClassification,
-    MergedSparseMoeForTokenClassification,
-    MergedSparseMoeModel,
-)
-'''
+from .shim import SHIM, SHIM_NAME
 
 
 class MergedMoeMixin:

@@ -10,6 +10,7 @@ column of the features phi.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class RoutedTokens:
 
     hidden_states: Tensor  # (t, D)
     gates: Tensor  # (t, M): 0 where an expert does not see the token; slots of one expert are summed
-    targets: Tensor  # (t, D)
+    targets: Tensor | None  # (t, D); None where nobody asks
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +47,16 @@ class FeatureSums:
     energy: float  # sum of |y|^2
     num_tokens: int
 
-    def error(self, kept: Tensor, down: Tensor) -> float:
+    def error(self, down: Tensor, kept: Tensor | None = None) -> float:
         """Sum over the tokens of |y - phi[kept] down|^2.
 
         Args:
-            kept: Neurons that are there, (P',) int64.
             down: (P', D) float64.
+            kept: Neurons that are there, (P',) int64; None for all.
         """
-        gram = self.gram[kept[:, None], kept]
-        return self.energy - 2 * (down * self.cross[kept]).sum().item() + (down * (gram @ down)).sum().item()
+        gram, cross = (self.gram, self.cross) if kept is None else (self.gram[kept[:, None], kept], self.cross[kept])
+        # |y - phi down|^2 = |y|^2 + (phi^T phi down - 2 phi^T y) down
+        return self.energy + torch.addmm(cross, gram, down, beta=-2).mul_(down).sum().item()
 
 
 def dense_gates(index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
@@ -77,10 +79,19 @@ def features_of_experts(
     for expert in range(experts.num_experts):
         neurons = slice(offsets[expert], offsets[expert + 1])
         tokens = gates[:, expert].nonzero().flatten()
-        inputs = hidden_states[tokens].float()
+        inputs = hidden_states.index_select(0, tokens).float()
         up, gate = (project(experts, name, neurons, inputs) for name in ("up", "gate"))
         found.append((tokens, activation(up, gate) * gates[tokens, expert, None]))
     return found
+
+
+def features_in_chunks(
+    experts: PackedExperts, activation: Activation, batches: Iterable[RoutedTokens]
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What `features_of_experts` gives for each of `in_chunks(batches)`."""
+    device = experts.up.device
+    for batch in in_chunks(batches):
+        yield features_of_experts(experts, activation, batch.hidden_states.to(device), batch.gates.to(device))
 
 
 def project(experts: PackedExperts, name: str, neurons: slice, inputs: Tensor) -> Tensor | None:
@@ -97,15 +108,20 @@ def output_of_biases(experts: PackedExperts, gates: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def sum_expert_grams(experts: PackedExperts, activation: Activation, batches: Iterable[RoutedTokens]) -> list[Tensor]:
+def sum_expert_grams(
+    experts: PackedExperts,
+    activation: Activation,
+    batches: Iterable[RoutedTokens],
+    features: Iterable[list[tuple[Tensor, Tensor]]] | None = None,
+) -> list[Tensor]:
     """For each expert the sum of phi phi^T over its tokens, (width, width) float64: the diagonal of `sum_features`.
 
-    Memory: 8 bytes times the sum of the squared widths. Time: T k I^2.
+    Memory: 8 bytes times the sum of the squared widths. Time: T k I^2. `features` are those of `features_in_chunks`
+    where they are at hand.
     """
     widths, device = experts.widths.tolist(), experts.up.device
     grams = [torch.zeros(width, width, dtype=sum_dtype(device), device=device) for width in widths]
-    for batch in in_chunks(batches):
-        found = features_of_experts(experts, activation, batch.hidden_states.to(device), batch.gates.to(device))
+    for found in features_in_chunks(experts, activation, batches) if features is None else features:
         for gram, (_, features) in zip(grams, found, strict=True):
             gram += (features.T @ features).to(gram.dtype)
     return grams
@@ -126,11 +142,12 @@ def sum_input_grams(
     device, dtype, hidden = experts.up.device, sum_dtype(experts.up.device), experts.up.shape[1]
     inward = [torch.zeros(hidden, hidden, dtype=dtype, device=device) for _ in range(experts.num_experts)]
     outward = [torch.zeros(width, width, dtype=dtype, device=device) for width in experts.widths.tolist()]
+    slices = [slice(*pair) for pair in itertools.pairwise(experts.offsets.tolist())]
     for batch in in_chunks(batches):
-        hidden_states, is_routed = batch.hidden_states.to(device), (batch.gates.to(device) != 0).float()
-        found = features_of_experts(experts, activation, hidden_states, is_routed)
-        for expert, (tokens, features) in enumerate(found):
-            inputs = hidden_states[tokens].float()
+        hidden_states, gates = batch.hidden_states.to(device), batch.gates.to(device)
+        for expert, neurons in enumerate(slices):
+            inputs = hidden_states.index_select(0, gates[:, expert].nonzero().flatten()).float()
+            features = activation(*(project(experts, name, neurons, inputs) for name in ("up", "gate")))
             inward[expert] += (inputs.T @ inputs).to(dtype)
             outward[expert] += (features.T @ features).to(dtype)
     names = ("up",) if experts.gate is None else ("gate", "up")
@@ -145,7 +162,8 @@ def in_chunks(batches: Iterable[RoutedTokens]) -> Iterator[RoutedTokens]:
     waiting, num_waiting = [], 0
     for batch in batches:
         for part in chunks(batch.gates.shape[0]):
-            piece = RoutedTokens(batch.hidden_states[part], batch.gates[part], batch.targets[part])
+            targets = None if batch.targets is None else batch.targets[part]
+            piece = RoutedTokens(batch.hidden_states[part], batch.gates[part], targets)
             if num_waiting + len(piece.gates) > CHUNK_TOKENS:
                 yield joined(waiting)
                 waiting, num_waiting = [], 0
@@ -159,8 +177,8 @@ def joined(pieces: list[RoutedTokens]) -> RoutedTokens:
     """Pieces one after another; one alone is not copied."""
     if len(pieces) == 1:
         return pieces[0]
-    names = [field.name for field in dataclasses.fields(RoutedTokens)]
-    return RoutedTokens(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in names))
+    fields = [[getattr(piece, field.name) for piece in pieces] for field in dataclasses.fields(RoutedTokens)]
+    return RoutedTokens(*(None if parts[0] is None else torch.cat(parts) for parts in fields))
 
 
 def chunks(num_tokens: int) -> list[slice]:
@@ -169,7 +187,12 @@ def chunks(num_tokens: int) -> list[slice]:
 
 
 @torch.no_grad()
-def sum_features(experts: PackedExperts, activation: Activation, batches: Iterable[RoutedTokens]) -> FeatureSums:
+def sum_features(
+    experts: PackedExperts,
+    activation: Activation,
+    batches: Iterable[RoutedTokens],
+    features: Iterable[list[tuple[Tensor, Tensor]]] | None = None,
+) -> FeatureSums:
     """Add up the features of all tokens; only pairs of experts that share tokens are multiplied.
 
     Products are float32 in batches, sums float64 (float32 where the device has no float64). Time: T (k I)^2.
@@ -178,28 +201,31 @@ def sum_features(experts: PackedExperts, activation: Activation, batches: Iterab
         experts: Their inner matrices; `down` is not read, `down_bias` counts as fixed.
         activation: From `MoeFamily.activation`.
         batches: Of any size; about `CHUNK_TOKENS` tokens are handled at a time.
+        features: Of `features_in_chunks` where they are at hand.
     """
     neurons, hidden = experts.up.shape
     device, dtype = experts.up.device, sum_dtype(experts.up.device)
     gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
     cross = torch.zeros(neurons, hidden, dtype=dtype, device=device)
     energy, num_tokens = torch.zeros((), dtype=dtype, device=device), 0
-    for batch in in_chunks(batches):
+    batches, offsets = list(batches), experts.offsets.tolist()
+    features = features_in_chunks(experts, activation, batches) if features is None else features
+    for batch, found in zip(in_chunks(batches), features, strict=True):
         num_tokens += batch.gates.shape[0]
         gates, targets = batch.gates.to(device), batch.targets.to(device).float()
         constant = output_of_biases(experts, gates)
         targets = targets if constant is None else targets - constant
         energy += targets.to(dtype).square().sum()
-        found = features_of_experts(experts, activation, batch.hidden_states.to(device), gates)
-        add_products(found, targets, experts.offsets.tolist(), gram, cross)
-    gram = gram.triu() + gram.triu(1).T
+        add_products(found, targets, offsets, gram, cross)
+    for start, end in itertools.pairwise(offsets):
+        gram[end:, start:end] = gram[start:end, end:].T
     return FeatureSums(gram, cross, energy.item(), num_tokens)
 
 
 def add_products(
     found: list[tuple[Tensor, Tensor]], targets: Tensor, offsets: list[int], gram: Tensor, cross: Tensor
 ) -> None:
-    """Add the upper blocks of phi^T phi, and phi^T y, of one chunk of tokens to `gram` and `cross`."""
+    """Add phi^T y and the blocks of phi^T phi, for pairs of experts in their order, of one chunk of tokens."""
     position = torch.full((len(found), targets.shape[0]), -1, device=targets.device)
     for expert, (tokens, _) in enumerate(found):
         position[expert, tokens] = torch.arange(tokens.numel(), device=targets.device)
@@ -207,23 +233,28 @@ def add_products(
         rows = slice(offsets[expert], offsets[expert + 1])
         if not tokens.numel() or rows.start == rows.stop:
             continue
-        cross[rows] += (features.T @ targets[tokens]).to(cross.dtype)
+        cross[rows] += (features.T @ targets.index_select(0, tokens)).to(cross.dtype)
         gram[rows, rows] += (features.T @ features).to(gram.dtype)
-        for other in range(expert + 1, len(found)):
+        shared = position[expert + 1 :].index_select(1, tokens)
+        for other, places in enumerate(shared, start=expert + 1):
             columns = slice(offsets[other], offsets[other + 1])
-            shared = position[other, tokens]
-            both = (shared >= 0).nonzero().flatten()
+            both = (places >= 0).nonzero().flatten()
             if both.numel() and columns.start < columns.stop:
-                product = features[both].T @ found[other][1][shared[both]]
-                gram[rows, columns] += product.to(gram.dtype)
+                mine, others = features.index_select(0, both), found[other][1].index_select(0, places[both])
+                gram[rows, columns] += (mine.T @ others).to(gram.dtype)
 
 
 def apply_down(experts: PackedExperts, activation: Activation, batch: RoutedTokens) -> Tensor:
     """What experts give for the tokens of a batch, (t, D) float32."""
     output = output_of_biases(experts, batch.gates)
-    output = torch.zeros_like(batch.targets, dtype=torch.float32) if output is None else output
-    offsets = experts.offsets.tolist()
+    output = torch.zeros_like(batch.hidden_states, dtype=torch.float32) if output is None else output
     found = features_of_experts(experts, activation, batch.hidden_states, batch.gates)
+    return add_outputs(experts, found, output)
+
+
+def add_outputs(experts: PackedExperts, found: list[tuple[Tensor, Tensor]], output: Tensor) -> Tensor:
+    """`output` (t, D) float32 with what experts make of their features added, in place."""
+    offsets = experts.offsets.tolist()
     for expert, (tokens, features) in enumerate(found):
         output.index_add_(0, tokens, features @ experts.down[offsets[expert] : offsets[expert + 1]].float())
     return output

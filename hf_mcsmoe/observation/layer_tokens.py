@@ -1,5 +1,6 @@
 """The kept calibration tokens of one layer as its experts see them: hidden states, gates and what they should give."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from ..executors.in_memory import Collected
 from ..expert_values import PackedExperts
-from ..layer.fit import original_output, routed_tokens
+from ..layer.fit import routed_tokens, with_answers
 from ..modeling.offload import fetched
 from ..types import ExpertWeights, MoeLayer
 from .gated_features import Activation, RoutedTokens
-from .layer_inputs import targets_of
+from .kept_features import KeptFeatures
+from .layer_inputs import LayerInputs, targets_of
 from .native_gates import native_gates
 
 
@@ -23,10 +25,11 @@ class LayerTokens:
 
     activation: Activation
     assignment: Tensor  # (slots, M) float32: 1 where a slot of the router goes to an expert
-    calibration: list[RoutedTokens]  # gates (t, M); targets are what the layer is to give
+    calibration: list[RoutedTokens]  # gates (t, M); targets, of recipes that fit, are what the layer is to give
     held_out: list[RoutedTokens]
     # (router rows (M,), places of calibration batches) -> gates (t, N) of these batches if only those rows were there.
     gates_of_kept: Callable[[Tensor, Sequence[int]], list[Tensor]] | None = None  # of the original experts only
+    features: KeptFeatures | None = None  # of the original experts on the calibration tokens, under their gates
 
 
 def as_float32(weights: ExpertWeights) -> PackedExperts:
@@ -34,23 +37,38 @@ def as_float32(weights: ExpertWeights) -> PackedExperts:
     return PackedExperts.from_dense(ExpertWeights(**{name: t.float() for name, t in weights.tensors().items()}))
 
 
-def original_tokens(layer: MoeLayer, collected: Collected) -> LayerTokens:
+def original_tokens(layer: MoeLayer, collected: Collected, *, with_targets: bool = True) -> LayerTokens:
     """The kept tokens for the N experts of a layer that was not changed yet.
 
-    Memory: all experts in float32 meanwhile; N + D numbers for each token.
+    Memory: N numbers for each token; with targets, all experts in float32 meanwhile, D numbers for each token, and
+    `KeptFeatures`.
+
+    Args:
+        layer: As found.
+        collected: What it was given.
+        with_targets: Run the experts for what they give.
     """
-    with fetched(layer.experts):
-        stacked = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
-        original = as_float32(layer.family.view(layer, stacked))
-        activation = layer.family.activation(layer)
-        kept = [
-            (inputs, targets_of(original_output(original, activation, inputs), inputs))
-            for inputs in (collected.calibration, collected.held_out)
-        ]
     assignment = torch.eye(layer.num_slots)
-    tokens = [routed_tokens(layer, inputs, assignment, outputs, reroute=False) for inputs, outputs in kept]
+    calibration, held_out = (
+        routed_tokens(layer, inputs, assignment, [None] * len(inputs.experts_inputs), reroute=False)
+        for inputs in (collected.calibration, collected.held_out)
+    )
+    features, activation = None, layer.family.activation(layer)
+    if with_targets:
+        with fetched(layer.experts):
+            stacked = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
+            original = as_float32(layer.family.view(layer, stacked))
+            features = KeptFeatures(original, activation, calibration)
+            calibration = corrected(with_answers(features), collected.calibration)
+            held_out = corrected(with_answers(KeptFeatures(original, activation, held_out)), collected.held_out)
     gates_of_kept = functools.partial(native_gates, layer, collected.calibration)
-    return LayerTokens(activation, assignment, *tokens, gates_of_kept)
+    return LayerTokens(activation, assignment, calibration, held_out, gates_of_kept, features)
+
+
+def corrected(batches: list[RoutedTokens], inputs: LayerInputs) -> list[RoutedTokens]:
+    """Batches whose targets are what the original experts give, with the corrections that the layer is to make."""
+    targets = targets_of([batch.targets for batch in batches], inputs)
+    return [dataclasses.replace(batch, targets=t) for batch, t in zip(batches, targets, strict=True)]
 
 
 def tokens_of_result(
@@ -70,4 +88,4 @@ def tokens_of_result(
         routed_tokens(layer, inputs, assignment, [batch.targets for batch in batches], reroute=reroute)
         for inputs, batches in kept
     ]
-    return LayerTokens(original.activation, assignment, *tokens)
+    return LayerTokens(original.activation, assignment, *tokens, features=original.features)

@@ -17,8 +17,14 @@ PRESETS = {
     "d2-moe": Preset(
         paper="Delta Decompression for MoE-based LLMs Compression (Gu et al., 2025)",
         url="https://arxiv.org/abs/2502.17298",
-        notes="Base weighted by usage instead of by Fisher information, experts aligned first, whitening with a "
-        "ridge; the base is not pruned. `keep` counts the base too.",
+        notes="Base weighted by Fisher information, experts aligned first, whitening with a ridge; the base is not "
+        "pruned. Needs a backward pass. `keep` counts the base too.",
+        recipe={**SHARE, "shared_base": "fisher_whitened_deltas"},
+    ),
+    "d2-moe-frequency": Preset(
+        paper="Delta Decompression for MoE-based LLMs Compression (Gu et al., 2025)",
+        url="https://arxiv.org/abs/2502.17298",
+        notes="As `d2-moe`, with the base weighted by how often experts are used: no gradients.",
         recipe={**SHARE, "shared_base": "whitened_deltas"},
     ),
     "molae": Preset(

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from transformers.models.auto import modeling_auto
 
-from ..evaluation import Evaluation
+from ..evaluation.scores import Evaluation
 from ..local_paths import hub_id
 from ..publishing import card_text
 from ..recipe import Recipe

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..config import MergedSparseMoeConfig
-from ..modeling.merged_model import SHIM_NAME
+from ..modeling.shim import SHIM_NAME
 from .card import CARD_FILE
 from .report import read_report
 

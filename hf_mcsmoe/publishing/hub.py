@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from ..evaluation import Evaluation
+from ..evaluation.scores import Evaluation
 from ..local_paths import hub_id
 from ..modeling.client_keys import add_client_keys
 from ..modeling.offload import offloaded_state_dict

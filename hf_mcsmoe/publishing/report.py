@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..evaluation import Evaluation
+from ..evaluation.scores import Evaluation
 from ..recipe_reading import recipe_from_dict, resolved
 from ..types import CompressionReport
 from .statistics_file import write_statistics

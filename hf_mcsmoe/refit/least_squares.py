@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..observation.gated_features import FeatureSums
 from ..refit import REFIT
+from ..solvers.cholesky import cholesky_in_place
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the large ones are for fewer tokens than features
 
@@ -45,17 +46,17 @@ def refit_by_least_squares(
     if not ridges or min(ridges) <= 0:
         raise ValueError(f"ridges is {ridges!r}, it must hold positive numbers. Leave it out for {RIDGES}.")
     energy = mean_energies(sums.gram, offsets)
-    everything = torch.arange(len(down), device=down.device)
-    residual = sums.cross - sums.gram @ down
+    residual = torch.addmm(sums.cross, sums.gram, down, alpha=-1)
     best, least = down, float("inf")
+    factor = torch.empty_like(sums.gram)
     for ridge in sorted(ridges, reverse=True):
-        factor, is_singular = torch.linalg.cholesky_ex(sums.gram + torch.diag(ridge * energy))
-        if is_singular:
+        factor.copy_(sums.gram).diagonal().add_(energy, alpha=ridge)
+        if not cholesky_in_place(factor):
             break
-        fitted = down + torch.cholesky_solve(residual, factor)
+        fitted = torch.cholesky_solve(residual, factor).add_(down)
         if held_out is None:
             return fitted
-        error = held_out.error(everything, fitted)
+        error = held_out.error(fitted)
         if not error < least:
             break
         best, least = fitted, error

@@ -1,10 +1,17 @@
 """Neurons by what their removal costs when the other neurons of their expert make up for it."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
 from ..selection import SELECTION
+
+# Energy of an expert that never answers, relative to the mean of all: small beside any that does.
+SILENT = 1e-6
+
+MOST_NUMBERS = 2**20  # of matrices (I, I) and (I, D) of the experts that are eliminated together: what a cache holds
 
 
 @SELECTION.register("gated_obs")
@@ -36,48 +43,66 @@ def saliency_by_gated_obs(
         block: Share of an expert's remaining neurons that go between two updates.
 
     Returns:
-        (P,) float64, >= 0: squared output error. Time O(I^3), memory O(I^2) for each expert.
+        (P,) float64, >= 0: squared output error. Time O(I^3) for each expert; memory O(I^2 + I D) for one, or for as
+        many as have `MOST_NUMBERS` together.
     """
     energies = torch.stack([gram.diagonal().sum() / max(1, len(gram)) for gram in grams])
     mean = energies.mean()
     least = torch.where(mean > 0, mean * SILENT, 1)  # without any energy all neurons rank by |down|^2
-    offsets = experts.offsets.tolist()
-    saliency = grams[0].new_zeros(experts.num_neurons)
-    for expert, gram in enumerate(grams):
-        neurons = slice(offsets[expert], offsets[expert + 1])
-        if neurons.start == neurons.stop:
-            continue
-        damping = ridge * torch.maximum(energies[expert], least)
-        saliency[neurons] = removal_costs(inverse_of(gram, damping), experts.down[neurons].to(gram.dtype), block)
+    damping = ridge * torch.maximum(energies, least)
+    offsets, saliency = experts.offsets.tolist(), grams[0].new_zeros(experts.num_neurons)
+    for members in alike(experts):
+        starts = [offsets[e] for e in members]
+        down = torch.stack([experts.down[a : a + len(grams[members[0]])] for a in starts]).to(saliency.dtype)
+        inverses = inverse_of(torch.stack([grams[e] for e in members]), damping[members])
+        for start, costs in zip(starts, removal_costs(inverses, down, block), strict=True):
+            saliency[start : start + len(costs)] = costs
     return saliency
 
 
-# Energy of an expert that never answers, relative to the mean of all: small beside any that does.
-SILENT = 1e-6
+def alike(experts: PackedExperts) -> Iterator[list[int]]:
+    """Experts of one width that go through the elimination together; those without neurons are left out."""
+    experts_of_width: dict[int, list[int]] = {}
+    for expert, width in enumerate(experts.widths.tolist()):
+        experts_of_width.setdefault(width, []).append(expert)
+    experts_of_width.pop(0, None)
+    for width, members in experts_of_width.items():
+        size = max(1, MOST_NUMBERS // (width * (width + experts.down.shape[1])))
+        yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
-def inverse_of(gram: Tensor, damping: Tensor) -> Tensor:
-    """(gram + damping I)^-1, (I, I), with ten times the damping as often as it takes; damping > 0."""
+def inverse_of(grams: Tensor, damping: Tensor) -> Tensor:
+    """(gram + damping I)^-1, (m, I, I), with ten times the damping as often as a Gram takes; damping (m,) > 0."""
     while True:
-        factor, is_singular = torch.linalg.cholesky_ex(gram + torch.diag(damping.expand(len(gram))))
-        if not is_singular:
-            return torch.cholesky_inverse(factor)
-        damping = 10 * damping
+        damped = grams.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+        factors, is_singular = torch.linalg.cholesky_ex(damped)
+        if not is_singular.any():
+            return torch.cholesky_inverse(factors)
+        damping = torch.where(is_singular > 0, 10 * damping, damping)
 
 
-def removal_costs(inverse: Tensor, down: Tensor, block: float) -> Tensor:
-    """Cost of each neuron's removal after those that are cheaper, (I,); see `saliency_by_gated_obs`.
+def removal_costs(inverses: Tensor, down: Tensor, block: float) -> Tensor:
+    """Cost of each neuron's removal after those that are cheaper, (m, I); see `saliency_by_gated_obs`.
 
     Args:
-        inverse: H^-1, (I, I) positive definite.
-        down: (I, D).
+        inverses: H^-1 of m experts, (m, I, I) positive definite.
+        down: (m, I, D).
         block: In (0, 1].
     """
-    order = elimination_order(inverse.clone(), down.clone(), block)
+    order = elimination_order(inverses, down, block)
     # Removing a set R costs |L^-1 down_R|^2 with L L^T = [H^-1]_RR; one factorization gives every nested set.
-    factor = torch.linalg.cholesky(inverse[order[:, None], order])
-    costs = torch.linalg.solve_triangular(factor, down[order], upper=False).square().sum(1)
-    return torch.empty_like(costs).index_copy(0, order, increasing(costs))
+    factors = torch.linalg.cholesky(take(take(inverses, order).mT, order))
+    costs = torch.linalg.solve_triangular(factors, take(down, order), upper=False).square().sum(2)
+    rising = torch.stack([increasing(of_expert) for of_expert in costs])
+    return torch.empty_like(costs).scatter_(1, order, rising)
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """Some rows of each of m matrices: (m, n, D) and (m, r) int64 -> (m, r, D)."""
+    num_matrices, num_rows = rows.shape[:2]
+    places = index + num_rows * torch.arange(num_matrices, device=index.device)[:, None]
+    return rows.reshape(num_matrices * num_rows, -1).index_select(0, places.flatten()).view(*index.shape, -1)
 
 
 def increasing(costs: Tensor) -> Tensor:
@@ -92,19 +117,26 @@ def increasing(costs: Tensor) -> Tensor:
     return largest * (1 + steps * torch.finfo(largest.dtype).eps)
 
 
-def elimination_order(inverse: Tensor, down: Tensor, block: float) -> Tensor:
-    """Neurons in the order in which they go, cheapest first, (I,) int64; destroys its arguments."""
-    left = torch.arange(len(down), device=down.device)
+def elimination_order(inverses: Tensor, down: Tensor, block: float) -> Tensor:
+    """Neurons of each expert in the order in which they go, cheapest first, (m, I) int64."""
+    left = torch.arange(down.shape[1], device=down.device).expand(len(down), -1)
     order = []
-    while left.numel() > 1:
-        costs = down.square().sum(1) / inverse.diagonal()
-        number = min(left.numel() - 1, max(1, int(left.numel() * block)))
+    while left.shape[1] > 1:
+        costs = torch.linalg.vector_norm(down, dim=2).square() / inverses.diagonal(dim1=1, dim2=2)
+        number = min(left.shape[1] - 1, max(1, int(left.shape[1] * block)))
         chosen = costs.argsort(stable=True)
-        gone, stays = chosen[:number], chosen[number:].sort().values
-        order.append(left[gone])
-        coupling = inverse[stays[:, None], gone]
-        factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
-        down = down[stays] - coupling @ torch.cholesky_solve(down[gone], factor)
-        inverse = inverse[stays[:, None], stays] - coupling @ torch.cholesky_solve(coupling.T, factor)
-        left = left[stays]
-    return torch.cat([*order, left])
+        gone, stays = chosen[:, :number], chosen[:, number:].sort().values
+        order.append(left.gather(1, gone))
+        of_gone = take(inverses, gone)
+        columns = stays[:, None]
+        coupling = of_gone.gather(2, columns.expand(-1, number, -1))
+        factors = torch.linalg.cholesky(of_gone.gather(2, gone[:, None].expand(-1, number, -1)))
+        moved = torch.cat([coupling, take(down, gone)], dim=2)
+        coupling, change = torch.linalg.solve_triangular(factors, moved, upper=False).split(
+            [coupling.shape[2], down.shape[2]], dim=2
+        )
+        down = take(down, stays).baddbmm_(coupling.mT, change, alpha=-1)
+        inverses = take(inverses, stays).gather(2, columns.expand(-1, stays.shape[1], -1))
+        inverses.baddbmm_(coupling.mT, coupling, alpha=-1)
+        left = left.gather(1, stays)
+    return torch.cat([*order, left], dim=1)

@@ -37,12 +37,12 @@ def whitened_deltas(
 ) -> SharedBase:
     """W_i = B + L_i R_i with the least |(W_i - B - L_i R_i) X_i|_F, X_i what expert i is given; B a weighted mean.
 
-    D2-MoE (Gu et al., 2025, https://arxiv.org/abs/2502.17298). Deviations: its base is weighted by Fisher information,
-    entry by entry; here each expert has one weight, the recipe's `importance` (by default how often it is used). Its
-    code takes the mean of experts whose neurons are in any order; here they are aligned first, which can only shrink
-    the differences (`iterations=0` does as it does). Its whitening by a Cholesky factor fails where an expert saw
-    fewer tokens than inputs; here the metric comes from eigenvectors and has a ridge, which for a rarely used expert
-    leads over to the plain SVD. The base is not pruned any further.
+    D2-MoE (Gu et al., 2025, https://arxiv.org/abs/2502.17298). Deviations: here each expert has one weight, the
+    recipe's `importance` (by default how often it is used), and no gradient is needed; `fisher_whitened_deltas` weighs
+    entry by entry as the paper does. Its code takes the mean of experts whose neurons are in any order; here they are
+    aligned first, which can only shrink the differences (`iterations=0` does as it does). Its whitening by a Cholesky
+    factor fails where an expert saw fewer tokens than inputs; here the metric comes from eigenvectors and has a ridge,
+    which for a rarely used expert leads over to the plain SVD. The base is not pruned any further.
 
     Memory: 8 N (D^2 + I^2) bytes for the sums of x x^T, in float64; N copies of one matrix in float32.
 
@@ -63,8 +63,29 @@ def whitened_deltas(
     """
     shares = shares_of(importance)
     order = align_to_barycentre(weights, shares, int(shares.argmax()), iterations)
-    grams = with_ridge(grams_of_experts(weights, tokens), ridge)
     parts = mean_of_aligned(weights, order, shares)
+    grams = with_ridge(grams_of_experts(weights, tokens), ridge)
+    return factors_around(weights, order, parts, grams, keep, rows)
+
+
+def factors_around(
+    weights: ExpertWeights,
+    order: Tensor,
+    parts: dict[str, tuple[Tensor, Tensor]],
+    grams: dict[str, list[Tensor]],
+    keep: float,
+    rows: float,
+) -> SharedBase:
+    """The bases, and what each expert keeps of its difference from them in the metric of its own inputs.
+
+    Args:
+        weights: All N experts.
+        order: Their neurons, (N, I) int64.
+        parts: For each matrix (base (O, I), all experts (N, O, I) with neurons in order).
+        grams: Of what `up` and `down` of each expert are multiplied with, neurons not in order.
+        keep: Share of the numbers of the experts.
+        rows: Share of what the base leaves of the budget that goes to whole rows.
+    """
     sizes = {name: tuple(base.shape) for name, (base, _) in parts.items()}
     budget = base_budget(sizes, weights.num_experts, keep, rows)
     factors: dict[str, list] = {name: [] for name in parts}

@@ -119,6 +119,8 @@ def decompose(
     alternations = 0 if num_rows == len(matrix) else alternations  # nothing would be left to fit
     for step in range(alternations + 1):
         left, right = fit_factors(exact, metric, rank, ~kept)
+        if num_rows == 0:
+            break
         before, kept = kept, _largest(_row_errors(exact, left @ right, metric, row_scores), num_rows)
         if step == alternations or torch.equal(before, kept):
             break

@@ -49,10 +49,9 @@ def inner_gradients(routed: ExpertTokens) -> tuple[Tensor, Tensor, Tensor | None
     with torch.enable_grad():
         inner = [tensor.detach().requires_grad_() for tensor in (up, gate) if tensor is not None]
         activations = routed.activation(*inner, *([None] if gate is None else []))
-        before = linear(activations.detach(), down, None if bias is None else bias[0].float()).requires_grad_()
-        after = routed.finish(before)
         gamma = routed.output_gradients
-        if after is not before:
-            (gamma,) = torch.autograd.grad(after, before, gamma)
+        if routed.finish(gamma) is not gamma:  # most modules leave outputs as they are
+            before = linear(activations.detach(), down, None if bias is None else bias[0].float()).requires_grad_()
+            (gamma,) = torch.autograd.grad(routed.finish(before), before, gamma)
         gradients = torch.autograd.grad(activations, inner, gamma @ down)
     return gamma, gradients[0], gradients[1] if gate is not None else None

@@ -1,0 +1,70 @@
+"""Whether a model is streamed, why not, and where."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from ..auto_candidates import AUTO
+from ..recipe import Recipe
+from .shards import NotStreamableError
+
+logger = logging.get_logger(__name__)
+
+EXECUTORS = ("auto", "in_memory", "streaming")
+
+
+def choose_executor(
+    executor: str, recipe: Recipe, path: str | Path | None, output_dir: str | Path | None, device_map: Any
+) -> bool:
+    """Whether to stream, as far as the arguments of `compress_moe` decide it.
+
+    Where the recipe is what stands against it, both "auto" and "streaming" warn and load the model.
+
+    Raises:
+        ValueError: An unknown executor, or "streaming" without a path, without an output or with a device map.
+    """
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor {executor!r} is unknown; choose one of {list(EXECUTORS)}.")
+    possible = path is not None and output_dir is not None and device_map is None
+    if executor == "streaming" and not possible:
+        raise ValueError(
+            "executor 'streaming' needs the path or Hub id of a model, an output_dir, and no device_map. "
+            "Give those, or use executor='in_memory'."
+        )
+    if executor == "in_memory" or not possible:
+        return False
+    if recipe.preset == AUTO:
+        logger.warning(
+            f"{str(path)!r} is not streamed: the preset {AUTO!r} tries recipes on copies of the whole model, which is "
+            "loaded into memory. Name a preset such as 'joint-obs' (mapped) or 'narrow-obs' (native) to stream it."
+        )
+        return False
+    return True
+
+
+def check_streamable(config: PreTrainedConfig, recipe: Recipe, trust_remote_code: bool) -> None:
+    """Raise NotStreamableError for what configuration and recipe alone rule out."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamableError("its weights are quantized")
+    if trust_remote_code and getattr(config, "auto_map", None):
+        raise NotStreamableError("it brings its own code")
+    if recipe.statistics_with("gradients"):
+        raise NotStreamableError("its recipe needs gradients of the loss, through all layers at once")
+
+
+def say_loaded(path: str | Path, reason: object) -> None:
+    """Warn that a model is loaded where it was to be streamed, and why."""
+    logger.warning(
+        f"{str(path)!r} cannot be streamed: {reason}. It is loaded with device_map='auto' instead: layers that do "
+        "not fit in memory stay on the disk."
+    )
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device, "auto" being the GPU where there is one."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
