@@ -19,7 +19,7 @@ class LayerReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
-    relative_error: float | None  # |new output - old output|^2 / |old output|^2 on held-out tokens; None: no tokens
+    relative_error: float | None  # |new - wanted output|^2 / |wanted output|^2 on held-out tokens; None: no tokens
     duplicate_share: float | None  # share of a held-out token's slots that hit an expert it already has
     unused_experts: int  # slots that no calibration token selected
     seconds: float

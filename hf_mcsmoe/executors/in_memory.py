@@ -23,6 +23,7 @@ from .gradients import check_gradients, check_in_memory, differentiable, graph_b
 from .observer import LayerObserver, announce, join_tied
 from .processes import current
 from .sharing import BatchOrder
+from .stream_outputs import watched_stream
 
 HELD_OUT_TOKENS = 512  # per layer: (D + k) numbers each
 FIT_HELD_OUT_TOKENS = 4096  # where they choose a ridge and judge a refit, too
@@ -68,6 +69,8 @@ def collect(
     calibration_tokens: int = 0,
     every_expert_tokens: int = 0,
     refuse_unreached: bool = True,
+    keeps_streams: bool = False,
+    keeps_inputs: bool = True,
 ) -> dict[str, Collected]:
     """Run the model once over the calibration data.
 
@@ -89,6 +92,8 @@ def collect(
         calibration_tokens: About how many of the others.
         every_expert_tokens: About how many tokens all experts are run on, for the statistics that ask for that.
         refuse_unreached: Whether it is an error that no token reached any of `layers`, which may be a few of many.
+        keeps_streams: Keep the residual stream after each layer for the same tokens.
+        keeps_inputs: Keep the inputs.
 
     Returns:
         By the name of the layer. Memory: that of the statistics, and D + k numbers for each token that is kept, twice
@@ -121,7 +126,10 @@ def collect(
                 if observer.accumulator.reads_residual:
                     observer.residual = ResidualStream(model, observer.layer)
                     stack.enter_context(observer.residual.attached())
+                observer.keeps_inputs = keeps_inputs
                 stack.enter_context(observer.attached())
+                if keeps_streams:
+                    stack.enter_context(watched_stream(model, observer.layer, observer.keep_stream))
             if of_gradients:
                 stack.enter_context(differentiable(model, graph_bytes(model, layers, calibration)))
             bar = tqdm(calibration.batches, desc="calibrating", unit="batch", disable=not progress, delay=2)
