@@ -191,7 +191,10 @@ def test_an_executor_that_cannot_be_is_refused(changes, checkpoint, tokens, tmp_
 @pytest.mark.parametrize("reason", ["its weights are quantized", "it brings its own code"])
 def test_models_that_are_never_streamed(reason, tokens, tmp_path):
     config = tiny_config("qwen3_moe")
-    setattr(config, *(("quantization_config", {}) if "quantized" in reason else ("auto_map", {"AutoModel": "x.Y"})))
+    packed = {"quant_method": "mxfp4"}  # unpacked as a whole, unlike FP8
+    setattr(
+        config, *(("quantization_config", packed) if "quantized" in reason else ("auto_map", {"AutoModel": "x.Y"}))
+    )
     data = load_calibration(tokens)
     with pytest.raises(NotStreamableError, match=reason):
         compress_by_streaming(tmp_path, config, Recipe(), data, tmp_path / "streamed", trust_remote_code=True)
