@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .presets import PRESETS
 from .recipe import Recipe
 from .recipe_reading import recipe_from_preset
 
@@ -13,10 +14,16 @@ AUTO = "auto"
 TAKEN = ("keep", "layout", "exclude_layers", "fit_tokens", "sequential", "collapse_duplicates", "seed")
 MOST_EXPERTS = 0.75  # of the candidate that drops experts before it narrows the others
 CANDIDATES: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "mapped": [("joint-obs", {}), ("joint-obs-matched", {}), ("m-smoe", {"refit": "least_squares"})],
+    "mapped": [
+        ("joint-obs", {}),
+        ("joint-obs-matched", {}),
+        ("joint-obs-corrected-matched", {}),
+        ("m-smoe", {"refit": "least_squares"}),
+    ],
     "native": [
         ("narrow-obs", {}),
         ("narrow-obs-matched", {}),
+        ("narrow-obs-corrected-matched", {}),
         ("narrow-obs", {"keep_experts": MOST_EXPERTS}),
         ("frequency", {"refit": "least_squares"}),
     ],
@@ -53,13 +60,20 @@ def candidates(request: Recipe, check: Callable[[Recipe], None]) -> list[Candida
     for preset, changes in CANDIDATES[request.layout]:
         if request.keep >= changes.get("keep_experts", 1.1):
             continue
-        candidate = Candidate(preset, changes, recipe_from_preset(preset, **taken, **changes))
+        candidate = Candidate(preset, changes, recipe_of(preset, taken, changes))
         try:
             check(candidate.recipe)
         except ValueError as error:
             candidate = dataclasses.replace(candidate, refused=str(error))
         found.append(candidate)
     return found
+
+
+def recipe_of(preset: str, taken: dict[str, Any], changes: dict[str, Any]) -> Recipe:
+    """The recipe of a candidate: sequential where its targets need that, otherwise as the request says."""
+    is_sequential = "targets" in PRESETS[preset].recipe
+    said = {name: value for name, value in taken.items() if not (is_sequential and name == "sequential")}
+    return recipe_from_preset(preset, **said, **changes)
 
 
 def fallback(request: Recipe) -> Candidate:

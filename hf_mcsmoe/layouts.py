@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .allocation import ALLOCATION
+from .executors.stream_outputs import check_streams
 from .families import reason_against, tied_layers
 from .families.base import MoeFamily
 from .families.residual import check_residual
@@ -131,6 +132,8 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
         _check_family(layer, recipe)
         if model is not None and recipe.statistics_with("residual"):
             check_residual(model, layer)
+    if model is not None and recipe.targets is not None:
+        check_streams(model, kept)
     budgets = budget_of_layer(kept, recipe)
     for layer, budget in zip(kept, budgets, strict=True):
         _check_budget(layer, budget, recipe)

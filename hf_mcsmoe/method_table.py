@@ -42,6 +42,8 @@ def steps_of(recipe: Recipe) -> dict[str, str]:
         steps.pop("importance", None)
     if recipe.sequential:
         steps["order"] = "sequential"
+    if recipe.targets is not None:
+        steps["targets"] = recipe.targets
     return steps
 
 

@@ -24,6 +24,7 @@ from .shared_base import SHARED_BASE
 from .similarity import SIMILARITY
 from .solvers.low_rank import check_budget
 from .statistics import STATISTICS
+from .targets import check_targets
 
 LAYOUTS = ("mapped", "native")
 STEPS: dict[str, Registry] = {
@@ -68,6 +69,10 @@ class Recipe(LayerBudget):
     Attributes:
         keep: Share of the experts (of the layers that are not excluded) that stays, in (0, 1]. With `selection` the
             share of their neurons, in all experts together; with `shared_base` that of the numbers of their matrices.
+            "fit" is the largest share whose result fits the memory `fit`, found before work starts.
+        fit: That memory, as bytes or such as "24GB", for weights, cache and activations; alone it means keep="fit".
+        context_length: With `fit`: tokens of a row in the cache; None for 4096.
+        rows: With `fit`: rows in the cache; None for one.
         num_experts: The same as an average number per layer; exclusive with `keep`.
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
         protect: Which experts are never dropped and never merged, whatever their saliency; None protects none.
@@ -93,7 +98,10 @@ class Recipe(LayerBudget):
         refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
         matching: How each layer alone is trained to give what the original one gave, after the refit; None does not.
         sequential: Statistics and tokens of each layer come from the compressed layers before it, not from the
-            original ones. One forward for each layer.
+            original ones. One forward for each layer, up to that layer.
+        targets: What refit and matching of a layer aim at. None: what its original experts give for the tokens that
+            it is given. "original_stream", with `sequential`: what makes the residual stream after the layer that of
+            the original model, so that each layer also makes up for what the compressed ones before it lost.
         fit_tokens: Calibration tokens that selection, refit and other steps that run experts again see, about.
         every_expert_tokens: Calibration tokens that all experts are run on, about, where a statistic asks for that.
         exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
@@ -111,8 +119,11 @@ class Recipe(LayerBudget):
         ValueError: A name, an option or a bound is not allowed.
     """
 
-    keep: float | None = None
+    keep: float | str | None = None
     num_experts: int | None = None
+    fit: int | str | None = None
+    context_length: int | None = None
+    rows: int | None = None
     layout: str = "mapped"
     protect: str | None = None
     saliency: str = "usage_frequency"
@@ -144,6 +155,7 @@ class Recipe(LayerBudget):
     matching: str | None = None
     matching_options: dict[str, Any] = field(default_factory=dict)
     sequential: bool = False
+    targets: str | None = None
     fit_tokens: int = 65_536
     every_expert_tokens: int = 4096
     exclude_layers: tuple[int | str, ...] = ()
@@ -213,6 +225,7 @@ class Recipe(LayerBudget):
             raise ValueError(
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
             )
+        check_targets(self)
         self._check_results()
 
     def _check_results(self) -> None:

@@ -19,7 +19,7 @@ class LayerReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
-    relative_error: float | None  # |new output - old output|^2 / |old output|^2 on held-out tokens; None: no tokens
+    relative_error: float | None  # |new - wanted output|^2 / |wanted output|^2 on held-out tokens; None: no tokens
     duplicate_share: float | None  # share of a held-out token's slots that hit an expert it already has
     unused_experts: int  # slots that no calibration token selected
     seconds: float
@@ -87,6 +87,9 @@ class CompressionReport:
     active_parameters_after: int | None = None  # the same at most, on average where experts differ in width
     # Largest bytes in use since the process began: "process" (None where unknown) and each CUDA device, "cuda:0", ...
     peak_memory: dict[str, int | None] | None = None
+    # With keep="fit": what was asked and why that share was chosen, see `fitting.Fit.to_dict`.
+    fit: dict[str, Any] | None = None
+    num_processes: int = 1  # that shared the calibration batches and the layers
     # By name, on the CPU, see `layer_record`: too large for JSON, in a file of their own. No part of equality.
     statistics: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 

@@ -21,6 +21,7 @@ from hf_mcsmoe.recipe_reading import recipe_from_dict, recipe_from_preset
 from hf_mcsmoe.types import Trial
 
 ROWS = torch.randint(3, 150, (16, 20), generator=torch.Generator().manual_seed(5))
+KLS = [0.3, 0.1, 0.2, 0.4]  # of trials that are made up
 PROMPT = torch.randint(3, 150, (4, 14), generator=torch.Generator().manual_seed(1))
 
 
@@ -98,9 +99,9 @@ def test_the_recipe_of_least_divergence_on_held_out_rows_wins(mapped):
     assert [trial.is_chosen for trial in tried] == [place == best for place in range(len(tried))]
 
 
-@pytest.mark.parametrize("best", [0, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 2))])
+@pytest.mark.parametrize("best", [0, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 2, 3))])
 def test_each_candidate_can_win_and_the_model_is_what_its_recipe_makes(divergences, best):
-    divergences(*(0.1 if place == best else 0.2 for place in range(3)))
+    divergences(*(0.1 if place == best else 0.2 for place in range(4)))
     model = run(one_layer(), keep=0.5, seed=3)
     preset, changes = CANDIDATES["mapped"][best]
     recipe = recipe_from_preset(preset, keep=0.5, seed=3, **changes)
@@ -113,9 +114,9 @@ def test_each_candidate_can_win_and_the_model_is_what_its_recipe_makes(divergenc
 
 
 def test_a_tie_goes_to_the_earlier_candidate(divergences):
-    divergences(0.3, 0.2, 0.2)
+    divergences(0.3, 0.2, 0.2, 0.4)
     tried = choose(one_layer(), lambda *_: None)[1]
-    assert [trial.is_chosen for trial in tried] == [False, True, False]
+    assert [trial.is_chosen for trial in tried] == [False, True, False, False]
 
 
 def choose(model, compress, **changes):
@@ -132,13 +133,13 @@ def test_copies_are_compared_with_the_model_as_it_was(monkeypatch):
 
     def evaluate(shown, data, *, baseline, **_):
         compared.append((shown, data, baseline))
-        score = DomainScore(10, 3.0, None, 20.0, 2.5, [0.3, 0.1, 0.2][len(compared) - 1], 0.5)
+        score = DomainScore(10, 3.0, None, 20.0, 2.5, KLS[len(compared) - 1], 0.5)
         return Evaluation({"data": score}, score)
 
     monkeypatch.setattr(auto, "evaluate_model", evaluate)
     recipe, trials = choose(model, compress)
     assert recipe == kept[1][1]
-    assert [(trial.kl, trial.loss_increase) for trial in trials] == [(0.3, 0.5), (0.1, 0.5), (0.2, 0.5)]
+    assert [(trial.kl, trial.loss_increase) for trial in trials] == [(kl, 0.5) for kl in KLS]
     for (copied, _), (shown, rows, baseline) in zip(kept, compared, strict=True):
         assert shown is copied and copied is not model and baseline is model
         assert rows["held out"].num_tokens == load_calibration(ROWS).num_held_out_tokens
@@ -169,7 +170,7 @@ def test_native_results_are_plain_models_of_the_best_native_recipe():
     assert model.compression_report.recipe["layout"] == "native"
 
 
-@pytest.mark.parametrize("keep, count", [(0.5, 4), (0.75, 3), (0.9, 3)])
+@pytest.mark.parametrize("keep, count", [(0.5, 5), (0.75, 4), (0.9, 4)])
 def test_experts_are_dropped_and_narrowed_only_below_their_share(keep, count):
     found = candidates(recipe_from_preset("auto", keep=keep, layout="native"), lambda _: None)
     assert len(found) == count
@@ -180,12 +181,12 @@ def test_experts_are_dropped_and_narrowed_only_below_their_share(keep, count):
 
 
 def test_what_the_router_cannot_have_is_skipped_with_the_reason(divergences):
-    divergences(0.3, 0.2)
+    divergences(0.3, 0.2, 0.25)
     # 8 experts, top-7: 6 experts are too few for it, 8 narrow ones are not.
     model = run(one_layer(num_experts_per_tok=7), keep=0.5, layout="native")
     tried = model.compression_report.tried
-    assert [trial.skipped is None for trial in tried] == [True, True, False, False]
-    assert all("7" in trial.skipped and trial.kl is None for trial in tried[2:])
+    assert [trial.skipped is None for trial in tried] == [True, True, True, False, False]
+    assert all("7" in trial.skipped and trial.kl is None for trial in tried[3:])
     assert tried[1].is_chosen and model.compression_report.recipe["preset"] == "narrow-obs-matched"
 
 
@@ -195,7 +196,7 @@ def test_what_only_a_trial_shows_to_be_impossible_is_skipped():
             raise ValueError("the statistics say no")
 
     recipe, tried = choose(one_layer(), compress)
-    assert [trial.skipped for trial in tried] == ["the statistics say no", None, None]
+    assert [trial.skipped for trial in tried] == ["the statistics say no", None, None, None]
     assert recipe.preset == "joint-obs-matched" and tried[1].is_chosen and tried[1].kl == 0
 
 
@@ -276,7 +277,7 @@ def test_the_report_and_the_configuration_say_what_was_tried(mapped):
     assert json.loads(json.dumps(tried)) == tried
     assert all(trial["seconds"] > 0 for trial in tried)
     table = auto.table_of(mapped.compression_report.tried).splitlines()
-    assert len(table) == 4 and sum(line.startswith("*") for line in table) == 1
+    assert len(table) == 5 and sum(line.startswith("*") for line in table) == 1
     best = next(trial for trial in mapped.compression_report.tried if trial.is_chosen)
     assert any(line.startswith(f"* {best.label}: KL {best.kl:.5f}") for line in table)
 
@@ -316,6 +317,6 @@ def test_the_command_line_shows_what_was_tried(tmp_path):
     assert report["recipe"]["preset"] == chosen["preset"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.merged_sparse_moe["provenance"]["chosen_by"] == "auto"
-    assert "Chosen by `auto` from 3 recipes" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Chosen by `auto` from 4 recipes" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     planned = json.loads(command("plan", *options, "--layout", "native", "--json").stdout)
     assert planned["layout"] == "native" and planned["layers"][0]["experts_after"] == 8

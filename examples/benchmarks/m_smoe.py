@@ -29,6 +29,10 @@ VARIANTS = [
     ("narrow-obs-matched", "native", {}),
     ("joint-obs", "mapped", {}),
     ("joint-obs-matched", "mapped", {}),
+    ("narrow-obs-corrected", "native", {}),
+    ("narrow-obs-corrected-matched", "native", {}),
+    ("joint-obs-corrected", "mapped", {}),
+    ("joint-obs-corrected-matched", "mapped", {}),
 ]
 
 

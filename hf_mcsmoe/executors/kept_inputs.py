@@ -7,8 +7,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration
+from ..observation.layer_inputs import LayerInputs
 from ..types import MoeLayer
 from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
+from .part_of_forward import forward_until
+from .unit_check import check_units
 from .wanted import Wanted
 
 MOST_BYTES = 2**31  # of kept tokens, for all layers that are collected in one forward
@@ -24,6 +27,8 @@ def collect_first(
 ) -> dict[str, Collected]:
     """One forward over the calibration data: statistics of all layers, and their tokens if these fit in memory.
 
+    With `wanted.targets` no tokens, but the residual stream after each layer for them: D numbers a token and layer.
+
     Args:
         model: The original model.
         layers: The layers to compress.
@@ -32,9 +37,13 @@ def collect_first(
         wanted: What to collect.
         progress: Show a progress bar.
     """
-    at_once = fits_at_once(layers, data, wanted)
-    how = {"progress": progress, **amounts(wanted, keeps_tokens=at_once)}
-    return collect(model, [*layers, *tied], data, wanted.statistics, **how)
+    watched, how = [*layers, *tied], {"progress": progress}
+    if wanted.targets is not None:
+        check_units(model, watched, data)
+        how |= {"keeps_streams": True, "keeps_inputs": False, **amounts(wanted, keeps_tokens=True)}
+    else:
+        how |= amounts(wanted, keeps_tokens=fits_at_once(layers, data, wanted))
+    return collect(model, watched, data, wanted.statistics, **how)
 
 
 def visits(
@@ -47,10 +56,13 @@ def visits(
 ) -> Iterator[tuple[MoeLayer, Collected]]:
     """Each layer once, with what it is to be compressed on. Compress it before asking for the next one.
 
-    A sequential recipe needs one forward for each layer, from the first to the last, through the layers that are
-    compressed already, for statistics and tokens. Any other one needs what the original layers give: where the tokens
-    of all layers do not fit in `MOST_BYTES`, layers are visited from the last to the first, in groups whose tokens do,
-    because a layer's inputs depend only on those before it; one forward for each group.
+    A sequential recipe needs one forward for each layer, from the first to the last, up to that layer and through
+    those that are compressed already, for statistics and tokens. With `wanted.targets` its tokens come with the
+    `corrections` that bring their residual stream back to what `collect_first` kept of the original one.
+
+    Any other one needs what the original layers give: where the tokens of all layers do not fit in `MOST_BYTES`,
+    layers are visited from the last to the first, in groups whose tokens do, because a layer's inputs depend only on
+    those before it; one forward for each group.
 
     Args:
         model: In its present state.
@@ -61,18 +73,31 @@ def visits(
         collected: From `collect_first`; emptied on the way.
     """
     groups = groups_of_layers(layers, data, wanted)
-    if len(groups) == 1:
+    if len(groups) == 1 and wanted.targets is None:
         for layer in layers:
             yield layer, collected.pop(layer.name)
         return
     how: dict[str, Any] = {"progress": False, **amounts(wanted, keeps_tokens=True)}
+    how["keeps_streams"] = wanted.targets is not None
     needs = wanted.statistics if wanted.sequential else frozenset()
     for group in groups if wanted.sequential else reversed(groups):
         shared = [*group, *(other for other, first in tied.items() if first in group)]
+        if wanted.sequential:
+            how["forward"] = forward_until(model, shared)
         again = collect(model, shared, data, needs, **how)
         for layer in group:
             first, now = collected.pop(layer.name), again.pop(layer.name)
+            if wanted.targets is not None:
+                correct(now.calibration, first.calibration)
+                correct(now.held_out, first.held_out)
             yield layer, now if wanted.sequential else dataclasses.replace(now, statistics=first.statistics)
+
+
+def correct(now: LayerInputs, original: LayerInputs) -> None:
+    """Give kept tokens the corrections that bring their residual stream to the original one; drops both streams."""
+    pairs = zip(original.streams, now.streams, strict=True)
+    now.corrections = [before.to(after.device).float() - after.float() for before, after in pairs]
+    now.streams = original.streams = []
 
 
 def amounts(wanted: Wanted, *, keeps_tokens: bool) -> dict[str, int]:

@@ -32,6 +32,7 @@ class LayerObserver:
         self.sampled_tokens: Tensor | None = None  # positions in the flattened batch to keep; None: none of them
         self.everywhere_tokens: Tensor | None = None  # positions of tokens that every expert is run on
         self.residual: ResidualStream | None = None
+        self.keeps_inputs = True
         self.is_deaf = False  # while a backward pass runs layers once more
         self._waiting: list[list[Any]] = []  # (what was observed, d loss / d output) of the present batch
         self._logits: Tensor | None = None
@@ -60,11 +61,16 @@ class LayerObserver:
         self._logits = logits.reshape(-1, logits.shape[-1])[:, : self.layer.num_slots]
 
     def _on_router(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        if self.sampled_tokens is not None and not self.is_deaf:
+        if self.sampled_tokens is not None and self.keeps_inputs and not self.is_deaf:
             hidden_states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             tokens = hidden_states.shape[:-1].numel()
             taken = [self._take(value, tokens) for value in args]
             self._kept.router_calls.append((tuple(taken), {n: self._take(v, tokens) for n, v in kwargs.items()}))
+
+    def keep_stream(self, stream: Tensor) -> None:
+        """Keep the residual stream (T, D) after the layer for the sampled tokens of the present batch."""
+        if self.sampled_tokens is not None:
+            self._kept.streams.append(stream[self._sampled(len(stream)).to(stream.device)])
 
     @property
     def _kept(self) -> LayerInputs:
@@ -147,7 +153,7 @@ class LayerObserver:
             self.accumulator.update(seen, self.layer)
             if self.accumulator.reads_gradients:
                 self._waiting.append([seen])
-        if self.sampled_tokens is not None:
+        if self.sampled_tokens is not None and self.keeps_inputs:
             rows = self._sampled(tokens).to(index.device)
             index, weights = ignore_passive(index, weights, self.layer.num_slots)
             self._kept.experts_inputs.append((hidden_states.detach()[rows], index[rows], weights.detach()[rows]))
@@ -164,6 +170,7 @@ def join_tied(observers: list[LayerObserver]) -> list[LayerObserver]:
         for kept, more in ((one.held_out, other.held_out), (one.calibration, other.calibration)):
             kept.experts_inputs += more.experts_inputs
             kept.router_calls += more.router_calls
+            kept.streams += more.streams
     return [observer for observer in observers if observer.layer.name not in tied]
 
 

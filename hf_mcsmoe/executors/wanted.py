@@ -16,6 +16,7 @@ class Wanted:
     every_expert_tokens: int  # about how many tokens all experts are run on, where a statistic asks for that
     seed: int
     sequential: bool = False  # each layer's come from the compressed layers before it
+    targets: str | None = None  # "original_stream": and what brings their residual stream back to the original's
 
     def to_dict(self) -> dict[str, object]:
         """As JSON."""
@@ -31,6 +32,7 @@ def wanted_by(recipe: Recipe) -> Wanted:
         recipe.every_expert_tokens,
         recipe.seed,
         recipe.sequential,
+        recipe.targets,
     )
 
 

@@ -16,7 +16,7 @@ from ..matching.tokens import MatchingTokens, TrainableRouter, can_train_router
 from ..modeling.constant_outputs import fill_constants
 from ..modeling.experts import install_mapped, install_native, replace_experts
 from ..modeling.install_forms import install_ragged
-from ..observation.layer_inputs import LayerInputs, relative_error, routed_output
+from ..observation.layer_inputs import LayerInputs, relative_error, routed_output, targets_of
 from ..observation.layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_result
 from ..recipe import Recipe
 from ..report_types import factor_sizes
@@ -54,7 +54,7 @@ def compress_layer(
         What it did, the layer's entry in the layout of a mapped checkpoint, and what `record_statistics` keeps.
     """
     start = time.perf_counter()
-    before = routed_output(layer, collected.held_out)
+    before = targets_of(routed_output(layer, collected.held_out), collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_sizes = sizes_after(layer, recipe, num_experts)
     original = functools.cache(lambda: original_tokens(layer, collected, with_targets=recipe.is_fitted_on_tokens))

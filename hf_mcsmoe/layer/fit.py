@@ -100,18 +100,25 @@ def fit_experts(
         num_neurons: How many neurons stay in all.
         tokens: What the experts will see under the gates of the result, and what the layer should give.
         held_out: The same for other tokens; may be empty.
-        supply: What else a selection may ask for, beside "grams".
+        supply: What else a selection may ask for, beside "grams", "sums" of features and the "budget".
         known: Features that may be those of `experts` on `tokens`.
     """
     is_known = known is not None and known.serves(experts, tokens)
     features = known if is_known else KeptFeatures(experts, activation, tokens)
     columns = None
     if recipe.selection is not None and num_neurons < experts.num_neurons:
-        supply = {"grams": lambda: grams_of(features), **(supply or {})}
-        saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
-        saliency = saliency.to(experts.up.device)
         is_uniform = recipe.layout == "native"
         budget = num_neurons // experts.num_experts if is_uniform else num_neurons
+        least = least_width(budget, experts.num_experts, is_uniform)
+        is_small = experts.num_neurons <= MOST_JOINT_NEURONS
+        supply = {
+            "grams": lambda: grams_of(features),
+            "sums": lambda: sum_features(experts, activation, tokens, features) if is_small else None,
+            "budget": lambda: (num_neurons, least),
+            **(supply or {}),
+        }
+        saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
+        saliency = saliency.to(experts.up.device)
         kept = choose_neurons(saliency, experts.offsets.tolist(), budget, is_uniform)
         experts, columns = experts.select_neurons(kept), features.of_neurons(kept)
     if recipe.refit is None:
@@ -135,7 +142,7 @@ def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uni
         is_uniform: Every expert keeps the same number. Otherwise each keeps at least `LEAST_SHARE` of what it would
             have if all kept the same, rounded down: calibration data is never all that a model is used for.
     """
-    least = budget if is_uniform else math.floor(LEAST_SHARE * budget / (len(offsets) - 1))
+    least = least_width(budget, len(offsets) - 1, is_uniform)
     kept = [
         start + saliency[start:end].argsort(descending=True, stable=True)[:least]
         for start, end in itertools.pairwise(offsets)
@@ -146,6 +153,11 @@ def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uni
         ranked = saliency.argsort(descending=True, stable=True)
         kept = torch.cat([kept, ranked[is_left[ranked]][: budget - kept.numel()]])
     return kept.sort().values
+
+
+def least_width(budget: int, num_experts: int, is_uniform: bool) -> int:
+    """Neurons that each expert keeps at least, see `choose_neurons`."""
+    return budget if is_uniform else math.floor(LEAST_SHARE * budget / num_experts)
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ class LayerInputs:
 
     experts_inputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # (t, D), (t, k), (t, k)
     router_calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+    streams: list[Tensor] = field(default_factory=list)  # the residual stream after the layer, (t, D), if asked for
+    # What the layer is to give beyond what its original experts give, (t, D) float32; empty: nothing.
+    corrections: list[Tensor] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
@@ -63,6 +66,13 @@ def routed_output(layer: MoeLayer, inputs: LayerInputs, reroute: bool = False) -
         layer.family.run_experts(layer, hidden_states, *choice(layer, inputs, position, reroute))
         for position, (hidden_states, _, _) in enumerate(inputs.experts_inputs)
     ]
+
+
+def targets_of(outputs: list[Tensor], inputs: LayerInputs) -> list[Tensor]:
+    """What a layer is to give for the kept tokens: what its original experts give, and the corrections, if any."""
+    if not inputs.corrections:
+        return outputs
+    return [output.float() + correction for output, correction in zip(outputs, inputs.corrections, strict=True)]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The kept calibration tokens of one layer as its experts see them: hidden states, gates and what they should give."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ..modeling.offload import fetched
 from ..types import ExpertWeights, MoeLayer
 from .gated_features import Activation, RoutedTokens
 from .kept_features import KeptFeatures
+from .layer_inputs import LayerInputs, targets_of
 from .native_gates import native_gates
 
 
@@ -23,7 +25,7 @@ class LayerTokens:
 
     activation: Activation
     assignment: Tensor  # (slots, M) float32: 1 where a slot of the router goes to an expert
-    calibration: list[RoutedTokens]  # gates (t, M); targets, of recipes that fit, are what the original layer gives
+    calibration: list[RoutedTokens]  # gates (t, M); targets, of recipes that fit, are what the layer is to give
     held_out: list[RoutedTokens]
     # (router rows (M,), places of calibration batches) -> gates (t, N) of these batches if only those rows were there.
     gates_of_kept: Callable[[Tensor, Sequence[int]], list[Tensor]] | None = None  # of the original experts only
@@ -57,10 +59,16 @@ def original_tokens(layer: MoeLayer, collected: Collected, *, with_targets: bool
             stacked = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
             original = as_float32(layer.family.view(layer, stacked))
             features = KeptFeatures(original, activation, calibration)
-            calibration = with_answers(features)
-            held_out = with_answers(KeptFeatures(original, activation, held_out))
+            calibration = corrected(with_answers(features), collected.calibration)
+            held_out = corrected(with_answers(KeptFeatures(original, activation, held_out)), collected.held_out)
     gates_of_kept = functools.partial(native_gates, layer, collected.calibration)
     return LayerTokens(activation, assignment, calibration, held_out, gates_of_kept, features)
+
+
+def corrected(batches: list[RoutedTokens], inputs: LayerInputs) -> list[RoutedTokens]:
+    """Batches whose targets are what the original experts give, with the corrections that the layer is to make."""
+    targets = targets_of([batch.targets for batch in batches], inputs)
+    return [dataclasses.replace(batch, targets=t) for batch, t in zip(batches, targets, strict=True)]
 
 
 def tokens_of_result(

@@ -22,6 +22,22 @@ OBS = (
     "then one ridge regression fits all down projections of a layer to its original output."
 )
 MATCHED = "After that a few hundred steps of Adam on the experts of each layer alone, and the regression again."
+# One layer after another: its targets also make up for what the compressed layers before it lost.
+CORRECTED = {"sequential": True, "targets": "original_stream"}
+IN_ORDER = (
+    "Layers go one after another, and each is fitted to bring the residual stream back to the original model's, so it "
+    "also makes up for what the ones before it lost. It takes one forward for each layer, up to that layer."
+)
+JOINT_ORDER = (
+    "Neurons go by the Optimal Brain Surgeon, applied to the gated features of all experts of a layer together; then "
+    "one ridge regression fits all its down projections."
+)
+# Where a layer makes up for others, its experts move further: more and larger steps than for themselves alone.
+FURTHER = {"steps": 300, "learning_rate": 0.1}
+WIDE, NARROW = (
+    "The budget is shared by all experts of a layer, so they end up with different widths.",
+    "All experts become equally narrow, so the result is a plain model of the same class.",
+)
 
 PRESETS = {
     "auto": Preset(
@@ -34,25 +50,49 @@ PRESETS = {
     "joint-obs": Preset(
         paper=OURS,
         url=SURGEON,
-        notes=f"{OBS} The budget is shared by all experts of a layer, so they end up with different widths.",
+        notes=f"{OBS} {WIDE}",
         recipe=SELECT_AND_REFIT,
     ),
     "narrow-obs": Preset(
         paper=OURS,
         url=SURGEON,
-        notes=f"{OBS} All experts become equally narrow, so the result is a plain model of the same class.",
+        notes=f"{OBS} {NARROW}",
         recipe={"layout": "native", **SELECT_AND_REFIT},
     ),
     "joint-obs-matched": Preset(
         paper=OURS,
         url=SURGEON,
-        notes=f"{OBS} The budget is shared by all experts of a layer, so they end up with different widths. {MATCHED}",
+        notes=f"{OBS} {WIDE} {MATCHED}",
         recipe={**SELECT_AND_REFIT, "matching": "adam"},
     ),
     "narrow-obs-matched": Preset(
         paper=OURS,
         url=SURGEON,
-        notes=f"{OBS} All experts become equally narrow, so the result is a plain model of the same class. {MATCHED}",
+        notes=f"{OBS} {NARROW} {MATCHED}",
         recipe={"layout": "native", **SELECT_AND_REFIT, "matching": "adam"},
+    ),
+    "joint-obs-corrected": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{JOINT_ORDER} {WIDE} {IN_ORDER}",
+        recipe={**SELECT_AND_REFIT, **CORRECTED, "selection": "joint_obs"},
+    ),
+    "narrow-obs-corrected": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{JOINT_ORDER} {NARROW} {IN_ORDER}",
+        recipe={"layout": "native", **SELECT_AND_REFIT, **CORRECTED, "selection": "joint_obs"},
+    ),
+    "joint-obs-corrected-matched": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} {WIDE} {IN_ORDER} {MATCHED}",
+        recipe={**SELECT_AND_REFIT, **CORRECTED, "matching": "adam", "matching_options": FURTHER},
+    ),
+    "narrow-obs-corrected-matched": Preset(
+        paper=OURS,
+        url=SURGEON,
+        notes=f"{OBS} {NARROW} {IN_ORDER} {MATCHED}",
+        recipe={"layout": "native", **SELECT_AND_REFIT, **CORRECTED, "matching": "adam", "matching_options": FURTHER},
     ),
 }

@@ -1,7 +1,8 @@
 """experts (P neurons) -> saliency (P,) of every neuron. One file per rule.
 
-A rule may ask for "grams" (the Gram of each expert's gated neurons on the kept tokens), "statistics" of the N original
-experts, and "experts_kept" (M,) int64, which of these the experts are.
+A rule may ask for "grams" (the Gram of each expert's gated neurons on the kept tokens), "sums" (`FeatureSums` of all
+neurons, None where they are too many), "budget" (neurons that stay, and how many each expert keeps at least),
+"statistics" of the N original experts, and "experts_kept" (M,) int64, which of these the experts are.
 """
 
 from ..registry import Registry, import_submodules
