@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .auto_candidates import AUTO, Candidate, candidates, fallback, possible, recipe_to_plan
 from .calibration import Calibration
 from .evaluation import check_causal, evaluate_model
+from .executors.processes import current
 from .families import find_layers
 from .layouts import check_layout
 from .recipe import Recipe
@@ -79,6 +80,7 @@ def choose_recipe(
     for candidate in bar:
         trials[found.index(candidate)] = try_candidate(model, candidate, held_out, compress)
         gc.collect()  # modules refer to each other; a copy would stay in memory until the next collection
+    trials = current().from_first(trials)
     best = min((trial for trial in trials if trial.kl is not None), key=lambda trial: trial.kl, default=None)
     if best is None:
         last = fallback(request)

@@ -1,6 +1,6 @@
 """calibrate_moe: run the calibration data once, and keep what any number of compressions need."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +8,23 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .calibration import load_calibration
+from .calibration import Calibration, load_calibration
 from .checkpoint import check_output_folder, replacing
-from .compress import as_recipe, check_model
+from .compress import as_recipe, check_model, check_same
 from .config import MergedSparseMoeConfig
+from .executors.in_memory import Collected
 from .executors.kept_inputs import collect_first, visits
-from .executors.wanted import wanted_by_all
+from .executors.processes import current, device_map_of, in_all_processes
+from .executors.wanted import Wanted, wanted_by_all
 from .families import find_layers, reading_part, tied_layers
+from .fitting import resolve_fit
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .recipe import Recipe
 from .saved_statistics import SavedStatistics, fingerprint_of, write_header, write_layer
+from .types import MoeLayer
 
 
+@in_all_processes
 def calibrate_moe(
     model: PreTrainedModel | str | Path,
     recipes: Sequence[MergedSparseMoeConfig | Recipe | str | Path],
@@ -40,6 +45,8 @@ def calibrate_moe(
 
     One forward over the calibration data; more where recipes fit layers on kept tokens and those of all layers do not
     fit in memory. What a sequential recipe needs is collected of the original model, for its one-shot form.
+
+    Several processes share the calibration batches as they do in `compress_moe`; the first one writes.
 
     Args:
         model: A model, or a folder or Hub id to load. It is not changed.
@@ -64,6 +71,8 @@ def calibrate_moe(
         ValueError: A recipe that the model cannot have, or recipes that draw their tokens in different ways.
         FileExistsError: `output_dir` is not empty.
     """
+    processes = current()
+    progress = progress and processes.is_first
     requests = [as_recipe(recipe) for recipe in recipes]
     wanted = wanted_by_all(requests)
     output = check_output_folder(output_dir, overwrite)
@@ -73,6 +82,7 @@ def calibrate_moe(
             read_config(model, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
         )
         tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)
+    requests = [resolve_fit(described, request, dtype=dtype)[0] for request in requests]
     for request in requests:
         check_model(described, request)
     data = load_calibration(
@@ -84,20 +94,38 @@ def calibrate_moe(
         seed=wanted.seed,
         vocab_size=reading_part(described).get_input_embeddings().num_embeddings,
     )
+    check_same(processes, requests, data, described)
     if not isinstance(model, PreTrainedModel):
+        device_map = device_map_of(processes, device_map)
         model = load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     found = find_layers(model)
     first_of_tied = tied_layers(found)
     layers = [layer for layer in found if layer.name not in first_of_tied]
     tied = {layer: first_of_tied[layer.name] for layer in found if layer.name in first_of_tied}
     collected = collect_first(model, layers, tied, data, wanted, progress)
+    todo = visits(model, layers, tied, data, wanted, collected)
+    todo = tqdm(todo, "writing", len(layers), disable=not progress)
+    if processes.is_first:
+        write(output, wanted, model, data, [layer.name for layer in layers], todo)
+    else:
+        for _ in todo:  # its part of the forwards
+            pass
+    processes.agree()  # the folder is complete
+    return SavedStatistics(output)
+
+
+def write(
+    output: Path,
+    wanted: Wanted,
+    model: PreTrainedModel,
+    data: Calibration,
+    names: list[str],
+    todo: Iterable[tuple[MoeLayer, Collected]],
+) -> None:
+    """Write the folder: what `todo` gives of the layers `names`, in any order, then the header."""
     with replacing(output) as folder:
         entries = {}
-        bar = tqdm(visits(model, layers, tied, data, wanted, collected), "writing", len(layers), disable=not progress)
-        for layer, of_layer in bar:
-            entries[layer.name] = write_layer(folder, layers.index(layer), of_layer)
-        names = [layer.name for layer in layers]
-        write_header(
-            folder, wanted, fingerprint_of(model), data.fingerprint(), names, [entries[name] for name in names]
-        )
-    return SavedStatistics(output)
+        for layer, of_layer in todo:
+            entries[layer.name] = write_layer(folder, names.index(layer.name), of_layer)
+        of_layers = [entries[name] for name in names]
+        write_header(folder, wanted, fingerprint_of(model), data.fingerprint(), names, of_layers)

@@ -19,6 +19,7 @@ from .executors.in_memory import Collected
 from .executors.kept_inputs import collect_first, fits_at_once
 from .executors.wanted import Wanted, wanted_by, wanted_by_all
 from .families import find_layers, tied_layers
+from .fitting import resolve_fit
 from .layouts import check_layout
 from .method_table import layouts_of
 from .pipeline import compress_in_memory
@@ -121,6 +122,7 @@ def compare_methods(
     """
     if any(has_offloaded_params(module) for module in model.modules()):
         raise ValueError("Weights of the model are offloaded, but recipes are tried on copies. Load it in memory.")
+    recipes = [resolve_fit(model, recipe)[0] for recipe in recipes]
     shared = shared_collection(model, recipes, calibration, progress)
     results, baseline = [], BaselineLogits(model)
     for recipe in tqdm(recipes, "comparing", unit="recipe", disable=not progress):

@@ -1,5 +1,6 @@
 """compress_moe: the whole pipeline, from the user's model to a smaller one."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,24 @@ from .auto_candidates import AUTO
 from .calibration import Calibration, load_calibration
 from .checkpoint import check_free_space, check_output_folder, save_checkpoint
 from .config import MergedSparseMoeConfig
-from .dequantize import dequantizing_config, forget_unpacking, method_name, refuse_quantized
+from .dequantize import dequantizing_config, forget_unpacking, refuse_quantized, unpacking_notice
 from .executors.gradients import check_gradients
+from .executors.processes import FailingTogether, Processes, current, device_map_of, in_all_processes
 from .families import find_layers, reading_part
+from .fitting import resolve_fit
 from .layouts import check_layout, resolve_layers
 from .loading import empty_model, load_model, load_tokenizer, read_config
 from .pipeline import compress_in_memory
 from .planning import plan
 from .recipe import PRESETS, Recipe
-from .recipe_reading import recipe_from_preset, recipe_from_yaml
+from .recipe_reading import recipe_from_preset, recipe_from_yaml, resolved
 from .saved_statistics import SavedStatistics, open_statistics
 from .types import CompressionReport
 
 logger = logging.get_logger(__name__)
 
 
+@in_all_processes
 def compress_moe(
     model: PreTrainedModel | str | Path,
     config: MergedSparseMoeConfig | Recipe | str | Path = "m-smoe",
@@ -48,6 +52,10 @@ def compress_moe(
     hidden_states_bytes: int = 2**30,
 ) -> PreTrainedModel:
     """Compress the experts of a sparse MoE model, in place where `model` is an object, layer by layer.
+
+    Under `torchrun` or `accelerate launch`, or with a group of torch.distributed, call it in all processes: each holds
+    the model, runs its part of the calibration batches and compresses its part of the layers; the result is that of
+    one process up to the order of float64 sums, in all of them. The first one writes `output_dir`.
 
     Args:
         model: A model in any device map that Accelerate makes, or a folder or Hub id to load.
@@ -88,10 +96,11 @@ def compress_moe(
     from .executors import streaming  # here, because it is built on what this file offers
     from .executors.streaming_choice import choose_executor
 
-    start = time.perf_counter()
+    start, processes = time.perf_counter(), current()
+    progress = progress and processes.is_first
     recipe = as_recipe(config)
-    path = model if isinstance(model, str | Path) else None
-    unpacking = None
+    path, unpacking = model if isinstance(model, str | Path) else None, None
+    executor = executor_of(processes, executor)
     streams = choose_executor(executor, recipe, path, output_dir, device_map)
     output = check_output_folder(output_dir, overwrite or (streams and streaming.is_published(output_dir)))
     if path is not None:
@@ -101,6 +110,8 @@ def compress_moe(
         tokenizer = tokenizer or load_tokenizer(path, trust_remote_code=trust_remote_code)
     else:
         described = model
+    check_kind(described)
+    recipe, fit = resolve_fit(described, recipe, dtype=dtype)
     check_model(described, recipe)
     if path is None:
         refuse_quantized(model)
@@ -109,24 +120,62 @@ def compress_moe(
         check_free_space(output, plan(described, recipe).total_bytes_after - done)
     reading = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
     data = open_calibration(calibration, tokenizer, recipe, described, **reading)
+    check_same(processes, [recipe], data, described)
     if streams:
         how = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "progress": progress}
-        how |= {"hidden_states_bytes": hidden_states_bytes, "trust_remote_code": trust_remote_code}
+        how |= {"hidden_states_bytes": hidden_states_bytes, "trust_remote_code": trust_remote_code, "fit": fit}
         result = streaming.stream_if_possible(path, config_of_path, recipe, data, output, **how)
         if result is not None:
             return result
         device_map = "auto"
     if path is not None:
         how = {"quantization_config": unpacking} if unpacking is not None else {}
+        device_map = device_map_of(processes, device_map)
         model = load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **how)
     if isinstance(data, SavedStatistics):
         data.check_model(model)
     report = compress_loaded(model, recipe, data, progress=progress, start=start)
+    if fit is not None:
+        report = model.compression_report = dataclasses.replace(report, fit=fit.to_dict())
     if unpacking is not None:
         note_unpacking(model, unpacking, report)
-    if output is not None:
+    if output is not None and processes.is_first:
         save_checkpoint(model, report, output, tokenizer=tokenizer, overwrite=overwrite)
+    processes.agree()  # the checkpoint is complete
     return model
+
+
+def executor_of(processes: Processes, executor: str) -> str:
+    """The executor of several processes: the one that holds the model in memory.
+
+    Raises:
+        ValueError: The other one is asked for.
+    """
+    if processes.is_alone:
+        return executor
+    if executor == "streaming":
+        raise ValueError(
+            f"executor is 'streaming', but {processes.count} processes share the work, which only the executor "
+            "'in_memory' can. Run one process, or use executor='in_memory'."
+        )
+    return "in_memory" if executor == "auto" else executor
+
+
+def check_same(
+    processes: Processes, recipes: list[Recipe], data: Calibration | SavedStatistics, model: PreTrainedModel
+) -> None:
+    """Refuse, before anything runs, processes whose recipes, calibration data or models differ.
+
+    Raises:
+        ValueError: They do.
+    """
+    if processes.is_alone:
+        return
+    batches = [tuple(batch.token_mask.shape) for batch in data.batches] if isinstance(data, Calibration) else []
+    calibration = [data.fingerprint()["sha256"], batches]
+    layers = [(layer.name, layer.num_slots, layer.intermediate_size) for layer in find_layers(model)]
+    asked = [resolved(recipe) for recipe in recipes]
+    processes.check_same({"recipe": asked, "calibration": calibration, "model": layers})
 
 
 def open_calibration(
@@ -148,7 +197,7 @@ def open_calibration(
 def note_unpacking(model: PreTrainedModel, unpacking: Any, report: CompressionReport) -> None:
     """Say that a quantized checkpoint was unpacked, and let the model forget how."""
     forget_unpacking(model)
-    notice = f"The checkpoint was quantized ({method_name(unpacking)}); the result is in {model.dtype}."
+    notice = unpacking_notice(unpacking, model.dtype)
     logger.warning(notice)
     report.warnings.append(notice)
 
@@ -180,17 +229,22 @@ def check_model(model: PreTrainedModel, recipe: Recipe) -> None:
         TypeError: Not a model of transformers.
         ValueError: Already compressed, or not fit for the recipe.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
-            "Merge adapters first (merge_and_unload) if it is a PEFT model."
-        )
+    check_kind(model)
     if recipe.preset == AUTO:
         check_auto(model, recipe)
     else:
         layers = find_layers(model)
         check_layout(layers, recipe, model=model)
         check_gradients(model, resolve_layers(layers, recipe)[0], recipe.statistics_with("gradients"))
+
+
+def check_kind(model: Any) -> None:
+    """Raise TypeError for anything but a model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; it must be a PreTrainedModel, a folder or a Hub id. "
+            "Merge adapters first (merge_and_unload) if it is a PEFT model."
+        )
 
 
 def compress_loaded(
@@ -201,7 +255,8 @@ def compress_loaded(
         return compress_in_memory(model, request, data, progress=progress, start=start)
 
     def compress(copied: PreTrainedModel, candidate: Recipe) -> None:
-        compress_in_memory(copied, candidate, data, progress=False, start=start)
+        with FailingTogether(current()):  # what one of several processes cannot do is skipped in all of them
+            compress_in_memory(copied, candidate, data, progress=False, start=start)
 
     recipe, trials = choose_recipe(model, request, data, compress, progress=progress)
     compress_in_memory(model, recipe, data, progress=progress, start=start)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 
 def dequantizing_config(config: PreTrainedConfig) -> Any | None:
@@ -28,6 +28,22 @@ def dequantizing_config(config: PreTrainedConfig) -> Any | None:
         )
     quantization.dequantize = True
     return quantization
+
+
+def unpacking_of_layers(quantization: Any) -> Any | None:
+    """Unpacking by transformers of a few tensors at a time; None for a format that needs the whole model.
+
+    Args:
+        quantization: From `dequantizing_config`.
+    """
+    if method_name(quantization) != "fp8":
+        return None
+    return AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+
+
+def unpacking_notice(quantization: Any, dtype: Any) -> str:
+    """What users are told of a result."""
+    return f"The checkpoint was quantized ({method_name(quantization)}); the result is in {dtype}."
 
 
 def refuse_quantized(model: PreTrainedModel) -> None:

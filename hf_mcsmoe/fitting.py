@@ -1,7 +1,7 @@
 """The largest result that fits a memory budget, from the configuration alone."""
 
-import re
-from dataclasses import dataclass
+import copy
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .families import find_layers
+from .layer_budget import FIT, parse_bytes
 from .loading import empty_model
 from .planning import plan
 from .recipe import Recipe
@@ -16,8 +17,6 @@ from .recipe_reading import recipe_from_dict
 
 RESOLUTION = 512  # `keep` is a multiple of 1 / RESOLUTION
 CONTEXT_LENGTH = 4096
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,11 @@ class Fit:
     activations: int  # an allowance for one forward over them
     context_length: int
     batch_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked, and why the number was chosen: plain values, ready for JSON."""
+        values = {name: value for name, value in asdict(self).items() if name != "recipe"}
+        return {"keep": self.recipe.keep, **values, "reason": str(self)}
 
     def __str__(self) -> str:
         total = self.weights + self.cache + self.activations
@@ -47,16 +51,28 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.4g} GB"
 
 
-def parse_bytes(size: int | str) -> int:
-    """Bytes of a number, or of a text such as "24GB" (powers of ten) or "24GiB" (of two).
+def resolve_fit(
+    model: PreTrainedModel, recipe: Recipe, *, dtype: str | torch.dtype = "auto"
+) -> tuple[Recipe, Fit | None]:
+    """A recipe with a number for `keep`, and how it was found where the recipe says `keep="fit"`.
+
+    Args:
+        model: On any device; the meta device is enough.
+        recipe: Any; without `keep="fit"` it comes back as it is.
+        dtype: That the model will be loaded in; "auto" for its own.
 
     Raises:
-        ValueError: It is neither, or not positive.
+        ValueError: See `fit_recipe`.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise ValueError(f"The size {size!r} is not one. Give bytes as a number, or a text such as 24GB or 24GiB.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    if recipe.keep != FIT:
+        return recipe, None
+    if dtype != "auto":
+        config = copy.deepcopy(model.config)
+        config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        model = empty_model(config)
+    how = {"context_length": recipe.context_length or CONTEXT_LENGTH, "batch_size": recipe.rows or 1}
+    found = fit_recipe(model, recipe, recipe.fit, **how)
+    return found.recipe, found
 
 
 def fit_recipe(
@@ -108,7 +124,8 @@ def fit_recipe(
 
 def with_keep(recipe: Recipe, step: int) -> Recipe:
     """The recipe with `keep` at so many steps of the resolution."""
-    values = {name: value for name, value in recipe.to_dict().items() if name not in ("keep", "num_experts")}
+    budget = ("keep", "num_experts", "fit", "context_length", "rows")
+    values = {name: value for name, value in recipe.to_dict().items() if name not in budget}
     return recipe_from_dict({**values, "keep": step / RESOLUTION})
 
 

@@ -1,11 +1,27 @@
 """What the budget of a recipe means for one layer, and what a shared part rules out."""
 
 import math
+import re
 from typing import Any
 
 from .decomposition import DECOMPOSITION
 
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
+FIT = "fit"  # in place of a share: the largest that fits a memory
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of a number, or of a text such as "24GB" (powers of ten) or "24GiB" (of two).
+
+    Raises:
+        ValueError: It is neither, or not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise ValueError(f"The size {size!r} is not one. Give bytes as a number, or a text such as 24GB or 24GiB.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def is_number(value: Any, kind: Any) -> bool:
@@ -16,8 +32,11 @@ def is_number(value: Any, kind: Any) -> bool:
 class LayerBudget:
     """Of a `Recipe`: how many experts, neurons and ranks a layer keeps, and budgets that cannot be meant."""
 
-    keep: float | None
+    keep: float | str | None
     num_experts: int | None
+    fit: int | str | None
+    context_length: int | None
+    rows: int | None
     layout: str
     selection: str | None
     keep_experts: float | None
@@ -28,16 +47,33 @@ class LayerBudget:
 
     def _check_budget(self) -> None:
         if self.keep is None and self.num_experts is None:
-            object.__setattr__(self, "keep", 0.5)
+            object.__setattr__(self, "keep", 0.5 if self.fit is None else FIT)
         if self.keep is not None and self.num_experts is not None:
             raise ValueError(
                 f"keep is {self.keep} and num_experts is {self.num_experts}; they say the same. Give one of them."
             )
-        if self.keep is not None and not (is_number(self.keep, float | int) and 0 < self.keep <= 1):
-            raise ValueError(f"keep is {self.keep!r}, it must be in (0, 1]. 0.5 keeps half of the experts.")
+        self._check_fit()
+        is_share = is_number(self.keep, float | int) and 0 < self.keep <= 1
+        if self.keep is not None and not (is_share or self.keep == FIT):
+            raise ValueError(f"keep is {self.keep!r}, it must be in (0, 1] or {FIT!r}. 0.5 keeps half of the experts.")
         if self.num_experts is not None and not (is_number(self.num_experts, int) and self.num_experts >= 1):
             raise ValueError(f"num_experts is {self.num_experts!r}, it must be a whole number >= 1.")
         self._check_neuron_budget()
+
+    def _check_fit(self) -> None:
+        if self.keep == FIT:
+            if self.fit is None:
+                raise ValueError(f"keep is {FIT!r}, but fit is None. Give the memory, such as fit='24GB'.")
+            parse_bytes(self.fit)
+        for name in ("fit", "context_length", "rows"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.keep != FIT:
+                budget = f"keep is {self.keep!r}" if self.keep is not None else f"num_experts is {self.num_experts}"
+                raise ValueError(f"{name} is {value!r}, but {budget}. Use keep={FIT!r}, or leave {name} out.")
+            if name != "fit" and not (is_number(value, int) and value >= 1):
+                raise ValueError(f"{name} is {value!r}, it must be a whole number >= 1. Leave it out for the default.")
 
     def _check_neuron_budget(self) -> None:
         for name in ("fit_tokens", "every_expert_tokens"):
@@ -60,7 +96,8 @@ class LayerBudget:
             )
         if self.keep_experts is None:
             return
-        if not (is_number(self.keep_experts, float | int) and self.keep <= self.keep_experts <= 1):
+        least = 0 if self.keep == FIT else self.keep
+        if not (is_number(self.keep_experts, float | int) and least <= self.keep_experts <= 1):
             raise ValueError(
                 f"keep_experts is {self.keep_experts!r}, it must be in [keep, 1] = [{self.keep}, 1]: the experts that "
                 "stay are narrowed to the share keep of all neurons."

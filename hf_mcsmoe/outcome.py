@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .config import FORMAT_VERSION
+from .executors.processes import current
+from .fitting import Fit
 from .modeling.merged_model import merged_class
 from .modeling.native_width import NativeFields, adopt_native
 from .peak_memory import peak_memory
@@ -35,6 +37,7 @@ def conclude(
     start: float,
     warnings: list[str],
     statistics: dict[str, Tensor] | None = None,
+    fit: Fit | None = None,
 ) -> None:
     """Make a model whose layers are compressed what it is now, and attach its report.
 
@@ -53,6 +56,7 @@ def conclude(
         start: `time.perf_counter()` when the work began.
         warnings: For the report.
         statistics: For the report: those of all layers, see `layer_record`.
+        fit: For the report: how `keep` was found.
     """
     architecture, name_or_path = type(model).__name__, model.config.name_or_path or None
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "scipy")}
@@ -80,6 +84,8 @@ def conclude(
         active_parameters_before=active_before,
         active_parameters_after=active_before + active_change(layers, reports, after[0] - before[0], used_again),
         peak_memory=peak_memory(),
+        fit=fit.to_dict() if fit is not None else None,
+        num_processes=current().count,
         statistics=statistics or {},
     )
 

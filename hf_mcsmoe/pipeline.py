@@ -13,6 +13,8 @@ from .allocation import ALLOCATION
 from .calibration import Calibration
 from .executors.in_memory import Collected, reached
 from .executors.kept_inputs import collect_first, visits
+from .executors.processes import current
+from .executors.sharing import Result, compress_shared
 from .executors.wanted import wanted_by
 from .families import find_layers, tied_layers
 from .layer.compression import compress_layer, follow
@@ -58,12 +60,17 @@ def compress_in_memory(
     if isinstance(data, SavedStatistics):
         collected = data
     is_collected = collected is not None
+    processes = current()
+    processes.share_layers([layer.name for layer in layers], {layer.name: x.name for layer, x in tied.items()})
     collected = collected if is_collected else collect_first(model, layers, tied, data, wanted, progress)
     statistics = data.statistics() if isinstance(data, SavedStatistics) else reached(collected)
     layers, warnings = leave_unreached(layers, statistics, recipe)
     protected = protected_experts(recipe, {layer.name: statistics[layer.name] for layer in layers})
-    allotted = dict(zip(layers, allocate(layers, recipe, statistics, protected), strict=True))
-    check_room(recipe, {layer.name: number for layer, number in allotted.items()}, protected)
+    allotted = dict(
+        zip([layer.name for layer in layers], allocate(layers, recipe, statistics, protected), strict=True)
+    )
+    allotted, protected = processes.from_first((allotted, protected))
+    check_room(recipe, allotted, protected)
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     reports: dict[str, LayerReport] = {}
     layouts: dict[str, Any] = {}
@@ -72,9 +79,13 @@ def compress_in_memory(
         todo = ((layer, collected[layer.name]) for layer in layers)
     else:
         todo = visits(model, layers, tied, data, wanted, collected)
-    for layer, of_layer in tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2):
-        how = (allotted[layer], protected.get(layer.name))
-        report, layout, recorded = compress_layer(layer, recipe, of_layer, *how)
+
+    def compress(layer: MoeLayer, of_layer: Collected) -> Result:
+        return compress_layer(layer, recipe, of_layer, allotted[layer.name], protected.get(layer.name))
+
+    todo = tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2)
+    how = {"one_by_one": recipe.sequential or bool(tied), "is_native": recipe.layout == "native"}
+    for layer, (report, layout, recorded) in compress_shared(todo, compress, processes, **how):
         statistics_kept |= recorded
         reports[layer.name], layouts[layer.name] = report, layout
         for other in [other for other, first in tied.items() if first is layer]:

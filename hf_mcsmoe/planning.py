@@ -88,10 +88,13 @@ def plan(
         FileNotFoundError: No such model.
         ValueError: The recipe cannot be planned for this model, see `check_layout`.
     """
+    from .fitting import resolve_fit  # here, because it is built on this file
+
     if not isinstance(model, PreTrainedModel):
         config = read_config(model, trust_remote_code=trust_remote_code)
         model = empty_model(config, trust_remote_code=trust_remote_code)
     layers = find_layers(model)
+    recipe, _ = resolve_fit(model, recipe)
     recipe = recipe_to_plan(recipe, lambda candidate: check_layout(layers, candidate, model=model))
     kept, _ = resolve_layers(layers, recipe)
     budgets = dict(zip((layer.name for layer in kept), budget_of_layer(kept, recipe), strict=True))

@@ -69,6 +69,10 @@ class Recipe(LayerBudget):
     Attributes:
         keep: Share of the experts (of the layers that are not excluded) that stays, in (0, 1]. With `selection` the
             share of their neurons, in all experts together; with `shared_base` that of the numbers of their matrices.
+            "fit" is the largest share whose result fits the memory `fit`, found before work starts.
+        fit: That memory, as bytes or such as "24GB", for weights, cache and activations; alone it means keep="fit".
+        context_length: With `fit`: tokens of a row in the cache; None for 4096.
+        rows: With `fit`: rows in the cache; None for one.
         num_experts: The same as an average number per layer; exclusive with `keep`.
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
         protect: Which experts are never dropped and never merged, whatever their saliency; None protects none.
@@ -115,8 +119,11 @@ class Recipe(LayerBudget):
         ValueError: A name, an option or a bound is not allowed.
     """
 
-    keep: float | None = None
+    keep: float | str | None = None
     num_experts: int | None = None
+    fit: int | str | None = None
+    context_length: int | None = None
+    rows: int | None = None
     layout: str = "mapped"
     protect: str | None = None
     saliency: str = "usage_frequency"

@@ -87,6 +87,9 @@ class CompressionReport:
     active_parameters_after: int | None = None  # the same at most, on average where experts differ in width
     # Largest bytes in use since the process began: "process" (None where unknown) and each CUDA device, "cuda:0", ...
     peak_memory: dict[str, int | None] | None = None
+    # With keep="fit": what was asked and why that share was chosen, see `fitting.Fit.to_dict`.
+    fit: dict[str, Any] | None = None
+    num_processes: int = 1  # that shared the calibration batches and the layers
     # By name, on the CPU, see `layer_record`: too large for JSON, in a file of their own. No part of equality.
     statistics: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 

@@ -5,11 +5,10 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_models import CAUSAL_FAMILIES, VARIED_FAMILIES, tiny_model
+from tiny_models import CAUSAL_FAMILIES, in_every_run, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -45,12 +44,7 @@ def prompt() -> Tensor:
     return torch.randint(3, 150, (4, 14), generator=torch.Generator().manual_seed(1))
 
 
-def in_every_run(model_type: str) -> Any:
-    """A family as a parameter of a test, in slow runs only where another one is written alike."""
-    return model_type if model_type in VARIED_FAMILIES else pytest.param(model_type, marks=pytest.mark.slow)
-
-
-@pytest.fixture(params=[in_every_run(model_type) for model_type in CAUSAL_FAMILIES])
+@pytest.fixture(params=in_every_run(CAUSAL_FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Each way of writing a causal MoE model in turn."""
     return request.param

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import CAUSAL_FAMILIES, tiny_config, tiny_model
+from tiny_models import CAUSAL_FAMILIES, in_every_run, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_mcsmoe import Recipe, compress_moe, push_to_hub
@@ -23,7 +23,7 @@ def saved(config, folder):
     return config_of(folder)
 
 
-@pytest.mark.parametrize("model_type", ALL)
+@pytest.mark.parametrize("model_type", in_every_run(ALL))
 def test_transformers_reads_the_same_configuration(model_type, tmp_path):
     config = tiny_config(model_type)
     before = saved(config, tmp_path)

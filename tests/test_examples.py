@@ -149,4 +149,9 @@ def test_the_benchmark_of_all_methods_goes_on_where_it_was(tmp_path):
     both = json.loads((tmp_path / "methods.json").read_text())
     assert both["compared"][:4] == first["compared"] and len(both["compared"]) == 8
     table = (tmp_path / "methods.md").read_text()
+    (alone,) = both["alone"]
+    over = alone["seconds"] - 1.5 * alone["forward_seconds"] - 5
+    ratio = alone["seconds"] / alone["forward_seconds"]
+    assert f"| {alone['seconds']:.1f} | {ratio:.2f} | {over:+.1f} |" in table
+    assert "Longer than that: none, of 1." in table or over > 0
     assert table.count("| `reap` |") == 3 and "seeds [0, 1]" in table and (tmp_path / "methods.png").is_file()

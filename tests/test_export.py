@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import same_tensors, tensors
-from tiny_models import CAUSAL_FAMILIES, tiny_model
+from tiny_models import CAUSAL_FAMILIES, in_every_run, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def test_where_all_experts_stay_it_is_the_original(family, write_compressed, exp
     assert report["export"]["is_router_cut"] is False and report["export"]["router_treatment"] is None
 
 
-@pytest.mark.parametrize("model_type", UNGROUPED)
+@pytest.mark.parametrize("model_type", in_every_run(UNGROUPED))
 def test_cut_routers_give_what_the_native_layout_gives(model_type, write_compressed, export):
     native = write_compressed(model_type, "native", keep=0.5, layout="native")
     folder, report = export(write_compressed(model_type, **UNIFORM))
@@ -72,7 +72,7 @@ def within_groups():
     del GROUPING._entries["within_groups"]
 
 
-@pytest.mark.parametrize("model_type", GROUPED)
+@pytest.mark.parametrize("model_type", in_every_run(GROUPED))
 def test_group_limited_routers_are_cut_group_by_group(model_type, write_compressed, export, within_groups):
     native = write_compressed(model_type, "native", keep=0.5, layout="native")
     folder, _ = export(write_compressed(model_type, grouping=within_groups, **UNIFORM))

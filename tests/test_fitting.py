@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import CAUSAL_FAMILIES, tiny_config, tiny_model
+from tiny_models import CAUSAL_FAMILIES, in_every_run, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -29,7 +29,7 @@ def test_what_is_no_size_is_refused(text):
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("model_type", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("model_type", in_every_run(CAUSAL_FAMILIES))
 def test_the_cache_is_that_of_a_real_forward(model_type):
     model = tiny_model(model_type)
     with torch.no_grad():

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import CAUSAL_FAMILIES, tiny_config, tiny_model
+from tiny_models import CAUSAL_FAMILIES, in_every_run, tiny_config, tiny_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -47,7 +47,7 @@ def folder(tmp_path):
     return tmp_path / "tiny"
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", in_every_run(ALL_FAMILIES))
 def test_empty_model_has_the_shapes_of_the_real_one_and_no_memory(family):
     config = tiny_config(family)
     before = config.to_dict()
@@ -60,7 +60,7 @@ def test_empty_model_has_the_shapes_of_the_real_one_and_no_memory(family):
     assert len(find_layers(empty)) == len(find_layers(real)) >= 2
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", in_every_run(ALL_FAMILIES))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_empty_model_has_the_dtypes_that_loading_gives(family, dtype, tmp_path):
     real = tiny_model(family)

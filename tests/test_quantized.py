@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import same_tensors, texts
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -53,7 +54,8 @@ def fp8_folder(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["mapped", "native"])
 def test_an_fp8_checkpoint_is_unpacked_compressed_in_bfloat16_and_the_report_says_so(fp8_folder, tmp_path, layout):
     recipe = recipe_from_preset("m-smoe", keep=0.5, layout=layout)
-    model = compress_moe(fp8_folder, recipe, calibration=TOKENS, output_dir=tmp_path / "out", progress=False)
+    where = {"output_dir": tmp_path / "out", "executor": "in_memory"}
+    model = compress_moe(fp8_folder, recipe, calibration=TOKENS, progress=False, **where)
     assert any("was quantized (fp8)" in line for line in model.compression_report.warnings)
     assert any("was quantized (fp8)" in line for line in json.loads(report_text(tmp_path / "out"))["warnings"])
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -74,6 +76,50 @@ def test_an_expert_that_stays_alone_has_the_unpacked_weights(fp8_folder):
             name = f"model.layers.{number}.mlp.experts.{expert}.down_proj"
             expected = packed[f"{name}.weight"].float() * packed[f"{name}.weight_scale_inv"]
             torch.testing.assert_close(experts.down_proj[group].float(), expected, rtol=2**-8, atol=0)
+
+
+@pytest.fixture(scope="module")
+def blocks_folder(fp8_folder, tmp_path_factory):
+    """The same with matrices of several blocks, whose scales differ, in several shards."""
+    folder = tmp_path_factory.mktemp("blocks")
+    config = Qwen3MoeConfig.from_pretrained(fp8_folder, hidden_size=256, moe_intermediate_size=128)
+    del config.quantization_config
+    torch.manual_seed(1)
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    packed = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        packed[name] = tensor
+        if tensor.dim() == 2 and name.endswith("_proj.weight"):
+            height, width = (min(size, 128) for size in tensor.shape)
+            blocks = tensor.float().reshape(-1, height, tensor.shape[1] // width, width)
+            scales = blocks.abs().amax((1, 3)) / LARGEST_FP8
+            packed[name] = (blocks / scales[:, None, :, None]).reshape(tensor.shape).to(torch.float8_e4m3fn)
+            packed[name.replace(".weight", ".weight_scale_inv")] = scales
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number, name in enumerate(sorted(packed)):
+        weight_map[name] = f"model-{number % 3 + 1:05d}-of-00003.safetensors"
+    for file in set(weight_map.values()):
+        part = {name: packed[name].contiguous() for name in packed if weight_map[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = json.loads((fp8_folder / "config.json").read_text())["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", [{}, {"layout": "native"}, {"refit": "least_squares", "allocation": "uniform"}])
+def test_streaming_unpacks_layer_by_layer_to_the_same_bytes(blocks_folder, tmp_path, recipe, monkeypatch):
+    for executor in ("in_memory", "streaming"):
+        how = {"calibration": TOKENS, "output_dir": tmp_path / executor, "executor": executor, "progress": False}
+        result = compress_moe(blocks_folder, recipe_from_preset("m-smoe", **recipe), **how)
+        if executor == "in_memory":  # from here on nothing may be loaded as a whole
+            monkeypatch.setattr("hf_mcsmoe.compress.load_model", None)
+    assert result.streaming_summary.bytes_read > 0
+    assert same_tensors(tmp_path / "in_memory", tmp_path / "streaming")
+    assert texts(tmp_path / "in_memory") == texts(tmp_path / "streaming")
+    assert any("was quantized (fp8)" in line for line in json.loads(report_text(tmp_path / "streaming"))["warnings"])
 
 
 def test_a_format_that_cannot_be_unpacked_is_refused_before_any_work(fp8_folder, tmp_path):

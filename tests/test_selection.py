@@ -12,7 +12,7 @@ from hf_mcsmoe.layer import unreached
 from hf_mcsmoe.layer.fit import choose_neurons
 from hf_mcsmoe.layer.unreached import with_unreached
 from hf_mcsmoe.observation.gated_features import RoutedTokens, sum_expert_grams
-from hf_mcsmoe.selection import SELECTION
+from hf_mcsmoe.selection import SELECTION, gated_obs
 from hf_mcsmoe.selection.gated_obs import increasing, removal_costs, saliency_by_gated_obs
 
 WIDTHS = (4, 0, 6, 5)
@@ -308,3 +308,17 @@ def test_a_neuron_that_goes_later_is_more_salient_whatever_its_place():
     found = increasing(costs)
     assert (found.diff() > 0).all()
     torch.testing.assert_close(found, costs.cummax(0).values, rtol=1e-15, atol=0)
+
+
+def test_experts_that_are_eliminated_together_get_what_each_gets_alone(monkeypatch):
+    widths = (5, 3, 0, 5, 5, 3)
+    experts, batch = packed_experts(FORMATS["gated-bias"], widths), routed(50, len(widths))
+    grams = sum_expert_grams(experts, activation, [batch])
+    grams[3] = grams[3] - 3 * RIDGE * torch.eye(5) * max(g.diagonal().sum() for g in grams)  # takes a larger ridge
+    together = saliency_by_gated_obs(experts, grams=grams)
+    monkeypatch.setattr(gated_obs, "MOST_NUMBERS", 2 * 5 * (5 + experts.down.shape[1]))
+    assert list(gated_obs.alike(experts)) == [[0, 3], [4], [1, 5]]
+    torch.testing.assert_close(saliency_by_gated_obs(experts, grams=grams), together)
+    monkeypatch.setattr(gated_obs, "MOST_NUMBERS", 1)
+    assert [len(members) for members in gated_obs.alike(experts)] == [1] * 5
+    torch.testing.assert_close(saliency_by_gated_obs(experts, grams=grams), together)

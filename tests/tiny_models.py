@@ -1,5 +1,9 @@
 """Tiny random MoE models of every way of writing one, built from a configuration in milliseconds."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 from transformers import (
     AutoConfig,
@@ -25,6 +29,13 @@ CAUSAL_FAMILIES = (
 VARIED_FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "nemotron_h", "gemma4_text")
 NUM_EXPERTS = 8
 TOP_K = 2
+
+
+def in_every_run(model_types: Iterable[str]) -> list[Any]:
+    """Families as parameters of a test, in slow runs only those that are written like another one."""
+    slow = set(CAUSAL_FAMILIES) - set(VARIED_FAMILIES)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in model_types]
+
 
 COMMON = {
     "vocab_size": 160,

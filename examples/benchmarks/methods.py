@@ -11,6 +11,7 @@ tokens and for the memory that it takes beyond the model. Finished results are k
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,20 @@ def main() -> None:
 def measure_alone(
     model: AutoModelForCausalLM, recipes: Iterable[Recipe], data: Calibration, results: dict, folder: Path
 ) -> None:
-    """Time and memory of each method by itself, with the forward over the same tokens right before it."""
-    for recipe in recipes:
-        if any(row["method"] == recipe.preset for row in results["alone"]):
-            continue
-        forward = forward_seconds(model, data)
+    """Time and memory of each method by itself, beside the forwards over the same tokens before and after it."""
+    todo = [recipe for recipe in recipes if all(row["method"] != recipe.preset for row in results["alone"])]
+    before = [forward_seconds(model, data) for _ in range(2)][1:] if todo else []  # the first one warms up
+    for recipe in todo:
         try:
             _, measured = compress(copy.deepcopy(model), recipe, data)
         except ValueError as error:
             measured = {"skipped": str(error)}
-        row = {"method": recipe.preset, "layout": recipe.layout, "keep": recipe.keep, "forward_seconds": forward}
-        results["alone"].append({**row, **measured})
+        after = [forward_seconds(model, data) for _ in range(2)]
+        row = {"method": recipe.preset, "layout": recipe.layout, "keep": recipe.keep}
+        forward = {"forward_seconds": statistics.median([*before, *after])}
+        results["alone"].append({**row, **forward, **measured})
         write(folder, results)
+        before = after
 
 
 def compact(result: ComparedResult) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import typer
 
 from ..cli import options
 from .tables import human_bytes
+from .together import together
 
 
 def calibrate_command(
@@ -32,23 +33,26 @@ def calibrate_command(
 
     recipes = [as_recipe(name.strip()) for name in methods.split(",") if name.strip()]
     one_shot = [str(recipe.preset) for recipe in recipes if recipe.sequential]
-    saved = calibrate_moe(
-        model,
-        recipes,
-        output,
-        calibration=calibration,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        overwrite=overwrite,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
-    size = sum(file.stat().st_size for file in output.iterdir())
-    wanted = saved.header["wanted"]
-    names = ", ".join([*wanted["statistics"], *(["kept tokens"] if wanted["keeps_tokens"] else [])])
-    typer.echo(f"{output}: {names} of {len(saved)} layers, {human_bytes(size)}")
-    if one_shot:
-        typer.echo(f"{', '.join(one_shot)}: only with sequential: false in the recipe, or with the data itself.")
-    typer.echo(f"Next: hf-mcsmoe compress {model} --preset {recipes[0].preset} --calibration {output} --output DIR")
+    with together():
+        saved = calibrate_moe(
+            model,
+            recipes,
+            output,
+            calibration=calibration,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
+        size = sum(file.stat().st_size for file in output.iterdir())
+        wanted = saved.header["wanted"]
+        names = ", ".join([*wanted["statistics"], *(["kept tokens"] if wanted["keeps_tokens"] else [])])
+        typer.echo(f"{output}: {names} of {len(saved)} layers, {human_bytes(size)}")
+        if one_shot:
+            typer.echo(f"{', '.join(one_shot)}: only with sequential: false in the recipe, or with the data itself.")
+        typer.echo(
+            f"Next: hf-mcsmoe compress {model} --preset {recipes[0].preset} --calibration {output} --output DIR"
+        )

@@ -7,6 +7,7 @@ import typer
 
 from ..cli import options
 from .tables import before_after, human, human_bytes, print_table
+from .together import together
 
 if TYPE_CHECKING:
     from ..executors.streaming_summary import StreamingSummary
@@ -25,8 +26,8 @@ def compress_command(
     allocation: options.Allocation = None,
     exclude_layer: options.ExcludeLayer = None,
     fit: options.Fit = None,
-    context_length: options.ContextLength = 4096,
-    rows: options.Rows = 1,
+    context_length: options.ContextLength = None,
+    rows: options.Rows = None,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
     settings: options.Set = None,
@@ -52,34 +53,36 @@ def compress_command(
     Example: hf-mcsmoe compress Qwen/Qwen3-30B-A3B --output out --keep 0.5 --calibration texts.jsonl
     """
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
-    factors = {"rank": rank, "keep_rows": keep_rows, "settings": settings}
+    factors = {"rank": rank, "keep_rows": keep_rows, "fit": fit, "context_length": context_length, "rows": rows}
+    factors |= {"settings": settings}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, seed=seed, **budget, **factors)
     from ..compress import compress_moe
     from ..planning import plan
 
-    recipe, found = options.fitted(recipe, model, fit, context_length, rows, keep, num_experts, trust_remote_code)
-    if found is not None:
-        typer.echo(str(found))
-    show_plan(plan(model, recipe, trust_remote_code=trust_remote_code))
-    result = compress_moe(
-        model,
-        recipe,
-        calibration=calibration,
-        output_dir=output,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        overwrite=overwrite,
-        dtype=dtype,
-        device_map=device_map,
-        executor=executor,
-        trust_remote_code=trust_remote_code,
-    )
-    show(result.compression_report)
-    if hasattr(result, "streaming_summary"):
-        show_streaming(result.streaming_summary)
-    show_loading(output, recipe.layout)
-    typer.echo(f"Report with plots: {output / 'compression_report.html'}")
+    with together():
+        resolved, found = options.fitted(recipe, model, trust_remote_code, dtype)
+        if found is not None:
+            typer.echo(str(found))
+        show_plan(plan(model, resolved, trust_remote_code=trust_remote_code))
+        result = compress_moe(
+            model,
+            recipe,
+            calibration=calibration,
+            output_dir=output,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            dtype=dtype,
+            device_map=device_map,
+            executor=executor,
+            trust_remote_code=trust_remote_code,
+        )
+        show(result.compression_report)
+        if hasattr(result, "streaming_summary"):
+            show_streaming(result.streaming_summary)
+        show_loading(output, recipe.layout)
+        typer.echo(f"Report with plots: {output / 'compression_report.html'}")
 
 
 def show_plan(planned: "ModelPlan") -> None:

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from ..allocation import ALLOCATION
+from ..layer_budget import FIT
 from ..recipe import LAYOUTS, PRESETS, Recipe
 from ..recipe_reading import RECIPE_FIELDS, recipe_from_dict, recipe_from_preset, recipe_from_yaml
 
@@ -79,8 +80,10 @@ Fit = Annotated[
     str | None,
     typer.Option("--fit", help="Instead of --keep: memory that the result must fit, such as 24GB, with its cache."),
 ]
-ContextLength = Annotated[int, typer.Option("--context-length", help="With --fit: tokens of a row.")]
-Rows = Annotated[int, typer.Option("--rows", help="With --fit: rows at a time.")]
+ContextLength = Annotated[
+    int | None, typer.Option("--context-length", help="With --fit: tokens of a row; default 4096.")
+]
+Rows = Annotated[int | None, typer.Option("--rows", help="With --fit: rows at a time; default 1.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -120,6 +123,9 @@ def build_recipe(
     exclude_layer: list[str] | None = None,
     rank: int | None = None,
     keep_rows: float | None = None,
+    fit: str | None = None,
+    context_length: int | None = None,
+    rows: int | None = None,
     seed: int | None = None,
     settings: list[str] | None = None,
 ) -> Recipe:
@@ -137,8 +143,14 @@ def build_recipe(
         base = recipe_from_yaml(config)
     changes: dict[str, Any] = {"allocation": allocation, "layout": layout, "seed": seed}
     changes = {name: value for name, value in changes.items() if value is not None}
+    memory = {"fit": fit, "context_length": context_length, "rows": rows}
     if keep is not None or num_experts is not None:
-        changes |= {"keep": keep, "num_experts": num_experts}
+        if fit is not None:
+            raise ValueError("--fit finds what to keep, but --keep or --num-experts is given too. Give one of them.")
+        changes |= {"keep": keep, "num_experts": num_experts, **memory}
+    else:
+        changes |= {name: value for name, value in memory.items() if value is not None}
+        changes |= {"keep": FIT, "num_experts": None} if fit is not None else {}
     if layout not in (None, base.layout) and allocation is None:
         changes["allocation"] = None  # each layout has its own default
     if exclude_layer:
@@ -191,29 +203,14 @@ def as_layer(entry: str) -> int | str:
     return int(entry) if re.fullmatch(r"-?\d+", entry) else entry
 
 
-def fitted(
-    recipe: Recipe,
-    model: str,
-    fit: str | None,
-    context_length: int,
-    rows: int,
-    keep: float | None,
-    num_experts: int | None,
-    trust_remote_code: bool,
-) -> "tuple[Recipe, Fitted | None]":
-    """The recipe that fits the memory of --fit, and how it was found; the recipe as it is without --fit.
+def fitted(recipe: Recipe, model: str, trust_remote_code: bool, dtype: str = "auto") -> "tuple[Recipe, Fitted | None]":
+    """The recipe with a number for `keep`, and how it was found where it says "fit".
 
     Raises:
-        ValueError: --fit beside --keep or --num-experts, or nothing fits.
+        ValueError: Nothing fits.
     """
-    if fit is None:
-        return recipe, None
-    if keep is not None or num_experts is not None:
-        raise ValueError("--fit finds what to keep, but --keep or --num-experts is given too. Give one of them.")
-    from ..fitting import fit_recipe
+    from ..fitting import resolve_fit
     from ..loading import empty_model, read_config
 
     loading = {"trust_remote_code": trust_remote_code}
-    described = empty_model(read_config(model, **loading), **loading)
-    found = fit_recipe(described, recipe, fit, context_length=context_length, batch_size=rows)
-    return found.recipe, found
+    return resolve_fit(empty_model(read_config(model, **loading), **loading), recipe, dtype=dtype)

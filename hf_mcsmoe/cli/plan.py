@@ -1,7 +1,7 @@
 """`hf-mcsmoe plan`: what a recipe makes of a model, before anything is computed."""
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,31 +22,50 @@ def plan_command(
     allocation: options.Allocation = None,
     exclude_layer: options.ExcludeLayer = None,
     fit: options.Fit = None,
-    context_length: options.ContextLength = 4096,
-    rows: options.Rows = 1,
+    context_length: options.ContextLength = None,
+    rows: options.Rows = None,
     rank: options.Rank = None,
     keep_rows: options.KeepRows = None,
     settings: options.Set = None,
+    num_samples: options.NumSamples = None,
+    sequence_length: options.SequenceLength = None,
+    batch_size: options.BatchSize = 8,
+    gflops: Annotated[
+        float | None, typer.Option("--gflops", help="GFLOP/s that time is estimated with; else measured here.")
+    ] = None,
+    disk: Annotated[
+        float | None, typer.Option("--disk", help="MB/s of the disk that time is estimated with; else measured here.")
+    ] = None,
     as_json: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Show what a recipe would give: parameters, bytes and FLOPs before and after. No weights are needed.
+    """Show what a recipe would give, and what compressing would take of time and memory. No weights are needed.
+
+    The time is an estimate: operations and bytes over what this machine does in a second, measured in less than one.
 
     Example: hf-mcsmoe plan Qwen/Qwen3-30B-A3B --config m-smoe --keep 0.5 --layout native
     """
     budget = {"keep": keep, "num_experts": num_experts, "allocation": allocation, "exclude_layer": exclude_layer}
-    factors = {"rank": rank, "keep_rows": keep_rows, "settings": settings}
+    factors = {"rank": rank, "keep_rows": keep_rows, "fit": fit, "context_length": context_length, "rows": rows}
+    factors |= {"settings": settings}
     recipe = options.build_recipe(config=config, preset=preset, layout=layout, **budget, **factors)
     from ..planning import plan
 
-    recipe, found = options.fitted(recipe, model, fit, context_length, rows, keep, num_experts, trust_remote_code)
+    recipe, found = options.fitted(recipe, model, trust_remote_code)
     result = plan(model, recipe, trust_remote_code=trust_remote_code)
-    if found is not None and not as_json:
-        typer.echo(str(found))
+    from .estimates import estimates_of, show_estimates
+
+    reading = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
+    how = {"gflops": gflops, "disk": disk, "trust_remote_code": trust_remote_code}
+    cost = estimates_of(model, recipe, **reading, **how)
     if as_json:
-        typer.echo(json.dumps({"model": model, "recipe": recipe.to_dict(), **result.to_dict()}, indent=2))
-    else:
-        show(result)
+        values = {"model": model, "recipe": recipe.to_dict(), **result.to_dict(), "cost": cost}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    if found is not None:
+        typer.echo(str(found))
+    show(result)
+    show_estimates(cost)
 
 
 def show(result: "ModelPlan") -> None:

@@ -21,6 +21,8 @@ from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_modules, with_decoder_inputs
 from .gradients import check_gradients, check_in_memory, differentiable, graph_bytes, loss_of
 from .observer import LayerObserver, announce, join_tied
+from .processes import current
+from .sharing import BatchOrder
 from .stream_outputs import watched_stream
 
 HELD_OUT_TOKENS = 512  # per layer: (D + k) numbers each
@@ -72,6 +74,9 @@ def collect(
 ) -> dict[str, Collected]:
     """Run the model once over the calibration data.
 
+    Where several processes work together each runs a part of the batches. All of them get the statistics of one
+    process, up to the order of the sums, and each layer's kept tokens go to the process that owns it, see `Processes`.
+
     An encoder-decoder also needs target tokens: see `with_decoder_inputs`. Padding of either side does not count.
 
     Args:
@@ -113,6 +118,7 @@ def collect(
     }
     everywhere = tokens_of_batch(every_expert_tokens, num_others)
     was_training = model.training
+    processes, order = current(), BatchOrder(observers)
     model.eval()
     try:
         with ExitStack() as stack:
@@ -130,17 +136,14 @@ def collect(
             for position, batch in enumerate(bar):
                 batch = with_decoder_inputs(batch, model)
                 announce(observers, batch, limit_of[batch.held_out], everywhere, generators, input_device(model))
-                inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
-                called, inputs = forward_call(model, inputs)
-                inputs |= cheap_forward(called)
-                if of_gradients and not batch.held_out:
-                    run_backward(called, inputs, batch, observers)
-                elif forward is None:
-                    called(**inputs)
-                else:
-                    forward(position, inputs)
+                if not processes.takes(position):
+                    continue  # the draws before it were made, so that every process draws alike
+                run_batch(model, batch, observers, position, forward, with_backward=bool(of_gradients))
+                order.note(position)
     finally:
         model.train(was_training)
+    if not processes.is_alone:
+        order.share(processes)
     observers = join_tied(observers)
     if refuse_unreached and observers and not any(o.accumulator.num_tokens for o in observers):
         observers[0].accumulator.finish(observers[0].layer.name)  # raises
@@ -150,6 +153,27 @@ def collect(
         )
         for o in observers
     }
+
+
+def run_batch(
+    model: PreTrainedModel,
+    batch: CalibrationBatch,
+    observers: list[LayerObserver],
+    position: int,
+    forward: Callable[[int, dict[str, Any]], Any] | None,
+    *,
+    with_backward: bool,
+) -> None:
+    """A forward of one batch, and a backward unless it is held out; arguments as for `collect`."""
+    inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
+    called, inputs = forward_call(model, inputs)
+    inputs |= cheap_forward(called)
+    if with_backward and not batch.held_out:
+        run_backward(called, inputs, batch, observers)
+    elif forward is None:
+        called(**inputs)
+    else:
+        forward(position, inputs)
 
 
 def run_backward(

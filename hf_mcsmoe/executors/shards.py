@@ -54,6 +54,7 @@ class Shards:
 
     Args:
         path: Folder or Hub id. Files on the Hub are downloaded to its cache first.
+        unpacking: Of a quantized checkpoint, see `unpacking_of_layers`; None for plain weights.
 
     Raises:
         NotStreamableError: There are weights, but not as safetensors.
@@ -61,8 +62,9 @@ class Shards:
         ValueError: A file is damaged or cut short, or the index names a tensor that no file holds.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, unpacking: Any = None):
         files, weight_map = weight_files(path)
+        self.unpacking = unpacking
         self.tensors: dict[str, StoredTensor] = {}
         self.headers: dict[str, dict[str, Any]] = {}
         for file in files:

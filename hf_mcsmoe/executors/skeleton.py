@@ -1,5 +1,6 @@
 """A model without weights, and parts of it with: read from shards by transformers' own conversion."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from ..dequantize import forget_unpacking
 from ..loading import native_class
 from .shards import OTHER_DTYPES, Shards
 
@@ -40,6 +42,10 @@ def open_skeleton(
             scales to be read.
     """
     model_class = native_class(config)
+    how = {}
+    if shards.unpacking is not None:
+        # Loading takes the quantization out of the configuration that it is given.
+        config, how = copy.deepcopy(config), {"quantization_config": shards.unpacking.quantization_config}
     with quiet():
         try:
             model, info = model_class.from_pretrained(
@@ -50,6 +56,7 @@ def open_skeleton(
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **how,
             )
         except RuntimeError as error:
             raise ValueError(
@@ -61,6 +68,8 @@ def open_skeleton(
             f"{str(path)!r} lacks {len(wrong)} weights that its configuration asks for, or has them in another "
             f"shape: {', '.join(wrong[:5])}. A shard is damaged or of another model; download it again."
         )
+    if shards.unpacking is not None:
+        forget_unpacking(model)
     model.config.name_or_path = str(path)
     if model.can_generate():
         names = ("cache_dir", "proxies", "token", "revision", "trust_remote_code")
@@ -98,7 +107,7 @@ def targets(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
     Raises:
         ValueError: A tensor of whole numbers or of 8-bit floats would go into a parameter.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=shards.unpacking)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     known = model.state_dict()
@@ -109,7 +118,7 @@ def targets(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
             target, _ = rename_source_key(name, [], [], model.base_model_prefix, known)
         if target not in known:
             continue  # parts that transformers leaves out, such as multi-token prediction
-        if stored.dtype in OTHER_DTYPES and known[target].is_floating_point():
+        if shards.unpacking is None and stored.dtype in OTHER_DTYPES and known[target].is_floating_point():
             raise ValueError(
                 f"{name!r} is stored as {stored.dtype}, but {target!r} is a weight of {known[target].dtype}: its "
                 "values mean nothing without their scales. Convert the model to bfloat16."
@@ -124,16 +133,20 @@ def load_tensors(model: PreTrainedModel, shards: Shards, names: list[str], devic
     Raises:
         ValueError: A tensor cannot be read or converted.
     """
-    conversions = model._weight_conversions  # what saving reverts; the call below would forget all but its own
+    # What saving reverts; the call below would forget all but its own.
+    conversions = model.__dict__.get("_weight_conversions")
     load_config = LoadStateDictConfig(
         device_map={"": device},
         dtype=model.config.dtype,
         dtype_plan=model._get_dtype_plan(model.config.dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        hf_quantizer=shards.unpacking,
+        weight_mapping=get_model_conversion_mapping(model, hf_quantizer=shards.unpacking),
     )
     with quiet(), shards.opened(names) as slices:
         info, _ = convert_and_load_state_dict_in_model(model, slices, load_config)
-    model._weight_conversions = conversions
+    forget_unpacking(model)
+    if conversions is not None:
+        model._weight_conversions = conversions
     if info.mismatched_keys or info.conversion_errors:
         wrong = [*info.conversion_errors, *(name for name, *_ in info.mismatched_keys)]
         raise ValueError(f"{', '.join(wrong[:5])} could not be read from the shards. Download the model again.")

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..calibration import Calibration
+from ..dequantize import dequantizing_config, unpacking_notice, unpacking_of_layers
 from ..families import find_layers
+from ..fitting import Fit
 from ..layouts import native_target, resolve_layers
 from ..loading import empty_model, read_config
 from ..outcome import conclude, count
@@ -54,6 +56,7 @@ def compress_by_streaming(
     hidden_states_bytes: int = HIDDEN_STATES_BYTES,
     progress: bool = True,
     trust_remote_code: bool = False,
+    fit: Fit | None = None,
 ) -> PreTrainedModel:
     """Compress a checkpoint into the folder `output`, with the same result as `compress_in_memory`.
 
@@ -75,6 +78,7 @@ def compress_by_streaming(
         hidden_states_bytes: Most bytes of calibration hidden states to keep in RAM.
         progress: Show progress bars.
         trust_remote_code: Whether the model's own Python file would be run; such models are not streamed.
+        fit: For the report: how the recipe's `keep` was found.
 
     Returns:
         The compressed model with its weights on the meta device (load `output` to run it), and the attributes
@@ -87,7 +91,8 @@ def compress_by_streaming(
         OSError: The disk is full; finished layers stay, and the same call goes on.
     """
     check_streamable(config, recipe, trust_remote_code)
-    shards = Shards(path)
+    packed = dequantizing_config(config)
+    shards = Shards(path, unpacking_of_layers(packed) if packed is not None else None)
     device = choose_device(device)
     model = open_skeleton(path, config, shards, dtype, device)
     if isinstance(data, SavedStatistics):
@@ -107,7 +112,8 @@ def compress_by_streaming(
             how = {"device": device, "hidden_states_bytes": hidden_states_bytes, "summary": summary}
             streamed = StreamedModel(model, shards, target_of, layers, data, working, **how)
             run = StreamingRun(streamed, recipe, passes, journal, progress=progress)
-            finish(run, data, output, tokenizer)
+            notices = [] if packed is None else [unpacking_notice(packed, model.dtype)]
+            finish(run, data, output, tokenizer, notices, fit)
     except (NotStreamableError, OtherModelError):
         shutil.rmtree(working)
         raise
@@ -132,7 +138,14 @@ def passes_of(
     return plan_passes(recipe, layers, data, keeps_tokens=journal.done("room")[0]["keeps_tokens"])
 
 
-def finish(run: StreamingRun, data: Calibration | SavedStatistics, output: Path, tokenizer: Any) -> None:
+def finish(
+    run: StreamingRun,
+    data: Calibration | SavedStatistics,
+    output: Path,
+    tokenizer: Any,
+    notices: list[str],
+    fit: Fit | None,
+) -> None:
     """All visits of all layers, then everything beside the weights, then the folder goes to its place."""
     model, recipe, working = run.streamed.model, run.recipe, run.journal.folder
     before, active = count(model), measure(model, find_layers(model)).active_parameters
@@ -146,8 +159,8 @@ def finish(run: StreamingRun, data: Calibration | SavedStatistics, output: Path,
     run.write_rest()
     reports, layouts, recorded = run.results()
     layers, warnings = leave_unreached(run.layers, [report.layer for report in reports], recipe)
-    totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": warnings}
-    totals |= {"active_before": active, "statistics": recorded}
+    totals = {"before": before, "after": run.count_after(before), "start": run.start, "warnings": warnings + notices}
+    totals |= {"active_before": active, "statistics": recorded, "fit": fit}
     conclude(model, recipe, data, layers, reports, layouts, native=native, **totals)
     run.output.finish(model, run.written(), totals["after"][0])
     run.journal.append({"step": "published", "layer": 0})

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..auto_candidates import AUTO
+from ..dequantize import dequantizing_config, method_name, unpacking_of_layers
 from ..recipe import Recipe
 from .shards import NotStreamableError
 
@@ -47,8 +48,9 @@ def choose_executor(
 
 def check_streamable(config: PreTrainedConfig, recipe: Recipe, trust_remote_code: bool) -> None:
     """Raise NotStreamableError for what configuration and recipe alone rule out."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotStreamableError("its weights are quantized")
+    packed = dequantizing_config(config)
+    if packed is not None and unpacking_of_layers(packed) is None:
+        raise NotStreamableError(f"its weights are quantized ({method_name(packed)})")
     if trust_remote_code and getattr(config, "auto_map", None):
         raise NotStreamableError("it brings its own code")
     if recipe.statistics_with("gradients"):

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ..families import find_layers
 from ..families.names import NUM_EXPERTS_NAMES, NUM_ROWS_NAMES
 from ..types import ExpertWeights, MoeLayer
 from .constant_outputs import attach_constants, note_constants
-from .forms import FORMS, ExpertForm, check_forms
+from .forms import ExpertForm
 from .offload import execution_device, fetched, replace_tensor
 
 
@@ -164,12 +162,17 @@ def shrink_experts(layer: MoeLayer, num_experts: int, width: int | None = None) 
         num_experts: M.
         width: Neurons of each expert, which may be more than there are; None keeps their number.
     """
+    replace_experts(layer, first_experts(layer, num_experts, width))
+
+
+def first_experts(layer: MoeLayer, num_experts: int, width: int | None = None) -> dict[str, Tensor]:
+    """Copies of the first M experts of a layer, stacked; arguments as for `shrink_experts`."""
     tails = layer.passive_expert_rows
     kept = {name: p[:num_experts] for name, p in layer.family.stack(layer, layer.expert_parameters).items()}
     kept = {name: torch.cat([p, tails[name]]) if name in tails else p.clone() for name, p in kept.items()}
     if width is not None:
         kept = layer.family.unview(layer, repeat_neurons(layer.family.view(layer, kept), width))
-    replace_experts(layer, kept)
+    return kept
 
 
 def repeat_neurons(weights: ExpertWeights, width: int) -> ExpertWeights:
@@ -266,30 +269,3 @@ def rename_counts(owner: Any, num_slots: int, num_experts: int, names: tuple[str
 def is_same_layer(name: str, other: str) -> bool:
     """Whether two paths name one layer: a model with another head, or none, has a longer or shorter prefix."""
     return name == other or name.endswith(f".{other}") or other.endswith(f".{name}")
-
-
-def build_merged_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
-    """Shrink the experts of a freshly built model to what the layout says and attach empty maps.
-
-    Layer names are those of the model that was compressed; a model with another head or none may have them
-    under a shorter or longer prefix.
-
-    Raises:
-        ValueError: The model does not have exactly the layers that the checkpoint describes.
-    """
-    found = find_layers(model)
-    for name, layout in layers.items():
-        candidates = [layer for layer in found if is_same_layer(name, layer.name)]
-        if len(candidates) != 1 or candidates[0].num_slots != layout["num_slots"]:
-            raise ValueError(
-                f"The checkpoint describes the MoE layer {name!r} with {layout['num_slots']} slots, but "
-                f"{type(model).__name__} has {[(x.name, x.num_slots) for x in candidates]} there. "
-                "The configuration does not belong to this architecture."
-            )
-        form = layout.get("form")
-        if form is None:
-            shrink_experts(candidates[0], layout["num_experts"], layout.get("intermediate_size"))
-        else:
-            check_forms(candidates[0])
-            FORMS[form].build(candidates[0], layout)
-        attach_expert_map(candidates[0], layout)

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..config import MergedSparseMoeConfig
 from ..local_paths import without_paths
-from .experts import build_merged_layers
+from .build_layers import build_merged_layers
 from .offload import offloaded_state_dict
 from .shim import SHIM, SHIM_NAME
 

@@ -161,12 +161,13 @@ def fit_factors(matrix: Tensor, metric: Tensor | None, rank: int, fitted: Tensor
         wanted = rank - sum(left.shape[1] for left in lefts)
         if wanted == 0:
             break
+        if lefts:
+            residual = matrix - lefts[-1] @ rights[-1]
         seen = residual if inputs is None else residual @ inputs
         scale = (matrix if lefts else seen).square().sum()  # before anything was taken out
         values, vectors = _leading_directions(seen[fitted], wanted, scale)
         left = seen @ vectors
         right = (left[fitted] / values).T @ residual[fitted]
-        residual = residual - left @ right
         lefts.append(left)
         rights.append(right)
     return torch.cat(lefts, dim=1), torch.cat(rights)

@@ -1,0 +1,96 @@
+"""Bytes in use at the worst moment of each executor, from shapes alone.
+
+T tokens, N slots, M kept experts, k top-k, D hidden size, I width, P neurons of all kept experts.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..executors.in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS
+from ..executors.kept_inputs import bytes_per_token, groups_of_layers
+from ..executors.wanted import wanted_by
+from ..fitting import activation_bytes
+from ..layer.fit import MOST_JOINT_NEURONS
+from ..recipe import Recipe
+from ..sizes import expert_size
+from ..types import MoeLayer
+from .workload import Workload
+
+# What a statistic holds a layer, in numbers; `precision` says how wide these are.
+PER_SLOT = (
+    "selection_count gate_sum output_max squared_output_norm_sum output_norm_sum gated_output_norm_sum "
+    "squared_gate_sum top_logit_sum residual_change_sum"
+).split()
+PER_PAIR = ("logit_gram", "chosen_gram", "output_cosine_sum")
+PER_OUTPUT = ("every_output_sum", "soft_gated_output_sum", "routed_output_sum", "squared_gate_output_sum")
+PER_NEURON = ("gated_activation_energy", "gated_activation_peak", "activation_energy", "neuron_gradient_energy")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, by what they are for. `peak` is what they can be together; the program itself is not in it."""
+
+    weights: int
+    hidden_states: int  # of the calibration rows; streaming keeps them from layer to layer
+    statistics: int
+    kept_tokens: int
+    activations: int  # of one batch
+    layer_work: int  # of compressing one layer
+
+    @property
+    def peak(self) -> int:
+        """Weights, what calibration left, and the larger of one batch and one layer's work."""
+        left = self.weights + self.hidden_states + self.statistics + self.kept_tokens
+        return left + max(self.activations, self.layer_work)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "peak": self.peak}
+
+
+def statistics_bytes(layer: MoeLayer, recipe: Recipe) -> int:
+    """Of the sums of one layer, exactly."""
+    slots, numbers = layer.num_slots, {"every_expert_count": 1}
+    numbers |= dict.fromkeys(PER_SLOT, slots) | dict.fromkeys(PER_PAIR, slots**2)
+    numbers |= dict.fromkeys(PER_OUTPUT, slots * layer.hidden_size)
+    numbers |= dict.fromkeys(PER_NEURON, slots * layer.intermediate_size)
+    names = wanted_by(recipe).statistics | {"selection_count"}
+    narrow = 4 * slots * layer.parameters_per_expert if "fisher" in names else 0
+    return narrow + sum(8 * numbers[name] for name in names - {"fisher"})
+
+
+def kept_bytes(layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
+    """Of the tokens that layers keep at a time."""
+    wanted = wanted_by(recipe)
+    held_out = min(FIT_HELD_OUT_TOKENS if wanted.keeps_tokens else HELD_OUT_TOKENS, work.num_held_out_tokens)
+    fitted = min(recipe.fit_tokens, work.num_tokens) if wanted.keeps_tokens else 0
+    together = max(groups_of_layers(layers, work, wanted), key=len)
+    of_group = sum(fitted * bytes_per_token(layer) for layer in together)
+    return of_group + sum(held_out * bytes_per_token(layer) for layer in layers)
+
+
+def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Workload) -> int:
+    """Of compressing one layer: the new experts; where it is fitted all experts in float32, outputs and Grams."""
+    size = expert_size(layer)
+    total = num_experts * layer.bytes_per_expert
+    if not recipe.needs_inputs:
+        return total + 2 * 4 * layer.parameters_per_expert
+    slots, width, hidden = layer.num_slots, layer.intermediate_size, layer.hidden_size
+    tokens = min(recipe.fit_tokens, work.num_tokens) + min(FIT_HELD_OUT_TOKENS, work.num_held_out_tokens)
+    neurons = recipe.neurons_per_layer(slots, width, num_experts)
+    share = neurons / (num_experts * width)
+    total += 4 * slots * size.matrix_entries + 4 * tokens * (hidden + 2 * slots)
+    grams = 8 * num_experts * width**2 if recipe.selection is not None and share < 1 else 0
+    fitted = 4 * neurons * (size.matrix_entries // width)
+    if recipe.refit is not None:
+        joint = 8 * (4 * neurons**2 + 4 * neurons * hidden)
+        passes = 16 * num_experts * (width * share) ** 2 + 40 * neurons * hidden
+        fitted += int(joint if neurons <= MOST_JOINT_NEURONS else passes)
+    return total + max(grams, fitted)
+
+
+def batch_bytes(model: Any, layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
+    """Of one batch on its way through a layer, and of what the statistics run again in float32."""
+    routed = max((x.top_k * (x.hidden_size + 3 * x.intermediate_size) for x in layers), default=0)
+    runs_again = len(wanted_by(recipe).statistics) > 1 or recipe.needs_inputs
+    return activation_bytes(model, work.batch_tokens) + (4 * routed * work.batch_tokens if runs_again else 0)
