@@ -10,6 +10,7 @@ from test_layer_fit import fit, reports
 from hf_mcsmoe.layer import fit as layer_fit
 from hf_mcsmoe.layer.fit import LEAST_SHARE, choose_neurons, grams_of, least_width
 from hf_mcsmoe.observation.gated_features import RoutedTokens, sum_features
+from hf_mcsmoe.observation.kept_features import KeptFeatures
 from hf_mcsmoe.refit.least_squares import mean_energies
 from hf_mcsmoe.selection.gated_obs import saliency_by_gated_obs
 from hf_mcsmoe.selection.joint_obs import is_above, order_by_joint_obs
@@ -25,7 +26,10 @@ def tokens():
 
 
 def order_of(experts, tokens, budget, **options):
-    supply = {"grams": grams_of(experts, activation, [tokens]), "sums": sum_features(experts, activation, [tokens])}
+    supply = {
+        "grams": grams_of(KeptFeatures(experts, activation, [tokens])),
+        "sums": sum_features(experts, activation, [tokens]),
+    }
     return order_by_joint_obs(experts, **supply, budget=budget, **{"ridge": RIDGE, **options})
 
 
@@ -73,7 +77,12 @@ def test_other_experts_and_the_targets_count(tokens):
     """On these tokens neither the experts alone nor other targets give the same neurons."""
     experts = packed_experts(widths=WIDTHS)
     kept = order_of(experts, tokens, (6, 0)).argsort()[-6:].sort().values
-    alone = saliency_by_gated_obs(experts, grams=grams_of(experts, activation, [tokens])).argsort()[-6:].sort().values
+    alone = (
+        saliency_by_gated_obs(experts, grams=grams_of(KeptFeatures(experts, activation, [tokens])))
+        .argsort()[-6:]
+        .sort()
+        .values
+    )
     others = RoutedTokens(tokens.hidden_states, tokens.gates, tokens.targets.flip(0))
     assert not torch.equal(kept, alone)
     assert not torch.equal(kept, order_of(experts, others, (6, 0)).argsort()[-6:].sort().values)
@@ -120,7 +129,7 @@ def test_experts_without_tokens_keep_their_own_order_and_no_token_at_all_is_no_r
     gates[:, 1] = 0
     seen = RoutedTokens(tokens.hidden_states, gates, tokens.targets)
     place = order_of(experts, seen, (6, 2))
-    grams = grams_of(experts, activation, [seen])
+    grams = grams_of(KeptFeatures(experts, activation, [seen]))
     assert torch.isfinite(place).all() and sorted(place.tolist()) == list(range(15))
     alone = saliency_by_gated_obs(experts, grams=grams, ridge=RIDGE)[5:10]
     assert place[5:10].argsort()[-2:].sort().values.tolist() == alone.argsort()[-2:].sort().values.tolist()
