@@ -44,19 +44,7 @@ STEPS: dict[str, Registry] = {
     "matching": MATCHING,
     "decomposition": DECOMPOSITION,
 }
-OPTIONAL_STEPS = (
-    "protect",
-    "similarity",
-    "alignment",
-    "merging",
-    "constants",
-    "selection",
-    "shared_base",
-    "router",
-    "refit",
-    "matching",
-    "decomposition",
-)
+OPTIONAL_STEPS = tuple(step for step in STEPS if step not in ("saliency", "allocation", "grouping", "importance"))
 NOT_STATISTICS = {"weights", "input_gram"}  # the weights themselves, and what is made of tokens that a layer keeps
 
 

@@ -32,7 +32,7 @@ CASES = {
     "native and narrower": ("mixtral", "narrow-obs", {}),
     "experts with biases": ("gpt_oss", "m-smoe", {"layout": "native", "refit": "least_squares"}),
     "layer after layer": ("qwen3_moe", "m-smoe", {"sequential": True, "refit": "least_squares"}),
-    "to the original stream": ("qwen3_moe", "joint-obs-corrected", {}),
+    "the original stream": ("qwen3_moe", "joint-obs-corrected", {}),
     "factors": ("olmoe", "mc-smoe", {}),
     "a shared base": ("qwen3_moe", "resmoe", {}),
     "a trained router": ("qwen3_moe", "m-smoe", {"matching": "adam", "matching_options": {"router": True}}),

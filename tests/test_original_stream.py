@@ -277,7 +277,7 @@ def test_it_is_not_streamed_but_loaded(original):
     """A run that streams would have to keep two residual streams; until it does it must not leave one out."""
     config = original("qwen3_moe").config
     check_streamable(config, Recipe(**SEQUENTIAL), False)
-    with pytest.raises(NotStreamableError, match="targets 'original_stream' needs the original model beside"):
+    with pytest.raises(NotStreamableError, match="its recipe compares each layer with the original_stream"):
         check_streamable(config, Recipe(**REPAIRED), False)
 
 

@@ -229,14 +229,22 @@ def test_saved_statistics_of_another_model_are_refused_and_nothing_is_left(saved
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("preset", ["heapr", "m-smoe-fisher"])
-def test_recipes_of_gradients_are_loaded_and_it_is_said(preset, checkpoint, tokens, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        (recipe_from_preset("heapr", keep=0.5), "needs gradients of the loss"),
+        (recipe_from_preset("m-smoe-fisher", keep=0.5), "needs gradients of the loss"),
+        (Recipe(**{**FITTED, "sequential": True, "targets": "original_stream"}), "compares each layer with"),
+    ],
+)
+def test_recipes_that_need_the_whole_model_are_loaded_and_it_is_said(
+    recipe, reason, checkpoint, tokens, monkeypatch, tmp_path
+):
     said = []
     monkeypatch.setattr("hf_mcsmoe.executors.streaming_choice.logger.warning", said.append)
-    recipe = recipe_from_preset(preset, keep=0.5)
     for name, executor in (("streamed", "auto"), ("loaded", "in_memory")):
         where = {"output_dir": tmp_path / name, "executor": executor, "progress": False}
         compress_moe(checkpoint("mixtral"), recipe, calibration=tokens, **where)
-    assert len(said) == 1 and "cannot be streamed: its recipe needs gradients of the loss" in said[0]
+    assert len(said) == 1 and f"cannot be streamed: its recipe {reason}" in said[0]
     assert same_tensors(tmp_path / "streamed", tmp_path / "loaded")
     assert not list(tmp_path.glob("*.partial"))

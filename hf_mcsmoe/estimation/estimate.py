@@ -83,17 +83,19 @@ def estimate(
     sizes = plan(model, recipe)
     written = sizes.total_bytes_after
     passes = passes_in_memory(layers, recipe, work)
+    # The forwards of a sequential recipe end at the layer that they are for: half of them on average.
+    whole = 1 + (len(layers) + 1) / 2 if recipe.sequential else passes
     how = {"work": work, "recipe": recipe, "rates": rates, "steps": steps}
     in_memory = Estimate(
         "in_memory",
         passes,
         sizes.total_bytes_before,
         written,
-        passes * forward.flops,
+        forward.flops * whole,
         (passes if recipe.sequential else 1) * of_layers.flops,
         steps.flops,
         memory_of_loaded(model, layers, num_experts, sizes.total_bytes_before, recipe, work),
-        seconds(forward.times(passes) + of_layers + steps, sizes.total_bytes_before, written, rates),
+        seconds(forward.times(whole) + of_layers + steps, sizes.total_bytes_before, written, rates),
     )
     return {
         "in_memory": in_memory,
@@ -208,7 +210,7 @@ def memory_of_streamed(
     """Of the executor that holds one decoder layer: fused from experts stored one by one, and as it becomes."""
     states = min(HIDDEN_STATES_BYTES, work.all_tokens * hidden_bytes(model))
     return Memory(
-        weights=rest + max(in_stack, default=0),
+        weights=rest + 2 * max(in_stack, default=0),  # the next one is read ahead
         hidden_states=states,
         statistics=max(statistics_bytes(layer, recipe) for layer in layers),
         kept_tokens=max(kept_bytes([layer], recipe, work) for layer in layers),

@@ -142,8 +142,7 @@ def collect(
                 order.note(position)
     finally:
         model.train(was_training)
-    if not processes.is_alone:
-        order.share(processes)
+    order.share(processes)
     observers = join_tied(observers)
     if refuse_unreached and observers and not any(o.accumulator.num_tokens for o in observers):
         observers[0].accumulator.finish(observers[0].layer.name)  # raises

@@ -151,17 +151,16 @@ class Shards:
         """Bytes on disk of some tensors."""
         return sum(self.tensors[name].num_bytes for name in names)
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Ask the system to read some tensors into its cache, which it may drop again; nothing where it cannot."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        by_file: dict[str, list[StoredTensor]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(self.tensors[name])
-        for file, stored in by_file.items():
-            with open(file, "rb") as raw:
-                for one in stored:
-                    os.posix_fadvise(raw.fileno(), one.begin, one.num_bytes, os.POSIX_FADV_WILLNEED)
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors by name, on the CPU, in memory of their own.
+
+        Raises:
+            ValueError: A file changed since its header was read.
+        """
+        names = list(names)
+        with self.opened(names) as slices:
+            # A slice of nothing less than all of it; a number has no axes to slice.
+            return {name: slices[name][...] for name in names}
 
 
 def weight_files(path: str | os.PathLike) -> tuple[list[str], dict[str, str]]:

@@ -127,11 +127,17 @@ def targets(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
     return target_of
 
 
-def load_tensors(model: PreTrainedModel, shards: Shards, names: list[str], device: torch.device) -> None:
-    """Fill the parameters that the checkpoint's tensors `names` belong to; all sources of a fused one are needed.
+def load_tensors(model: PreTrainedModel, shards: Shards, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Fill the parameters that tensors of the checkpoint belong to; all sources of a fused one are needed.
+
+    Args:
+        model: See `open_skeleton`.
+        shards: Where the tensors come from; says how they are unpacked.
+        tensors: By the name that they have in the checkpoint, on any device.
+        device: Of the parameters.
 
     Raises:
-        ValueError: A tensor cannot be read or converted.
+        ValueError: A tensor cannot be converted.
     """
     # What saving reverts; the call below would forget all but its own.
     conversions = model.__dict__.get("_weight_conversions")
@@ -142,8 +148,8 @@ def load_tensors(model: PreTrainedModel, shards: Shards, names: list[str], devic
         hf_quantizer=shards.unpacking,
         weight_mapping=get_model_conversion_mapping(model, hf_quantizer=shards.unpacking),
     )
-    with quiet(), shards.opened(names) as slices:
-        info, _ = convert_and_load_state_dict_in_model(model, slices, load_config)
+    with quiet():
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config)
     forget_unpacking(model)
     if conversions is not None:
         model._weight_conversions = conversions

@@ -56,7 +56,7 @@ def check_streamable(config: PreTrainedConfig, recipe: Recipe, trust_remote_code
     if recipe.statistics_with("gradients"):
         raise NotStreamableError("its recipe needs gradients of the loss, through all layers at once")
     if recipe.targets is not None:
-        raise NotStreamableError(f"targets {recipe.targets!r} needs the original model beside the compressed one")
+        raise NotStreamableError(f"its recipe compares each layer with the {recipe.targets} of the whole model")
 
 
 def say_loaded(path: str | Path, reason: object) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from .decoder_stack import DecoderStack
 from .hidden_states import HiddenStates
 from .in_memory import Collected, collect
 from .kept_inputs import amounts
+from .layer_reader import LayerReader
 from .shards import Shards
 from .skeleton import load_tensors, release
 from .streaming_summary import StreamingSummary
@@ -26,8 +26,8 @@ from .wanted import Wanted
 class StreamedModel:
     """Weights come from the shards, a decoder layer at a time; the calibration data wait between the layers.
 
-    Memory: one decoder layer, and while it is fused from experts stored one by one its largest tensor once more; what
-    is outside of the decoder layers; the hidden states that `hidden_states_bytes` allows.
+    Memory: one decoder layer, and the next one as it is stored; while a layer is fused from experts stored one by one
+    it is there twice; what is outside of the decoder layers; the hidden states that `hidden_states_bytes` allows.
 
     Args:
         model: Without weights, see `open_skeleton`.
@@ -70,7 +70,7 @@ class StreamedModel:
         head = model.get_output_embeddings()
         of_head = {f"{path}." for path, module in model.named_modules() if module is head and head is not None}
         self.after_stack = [n for n in self.names_of[None] if any(n.startswith(path) for path in of_head)]
-        self.prefetcher = ThreadPoolExecutor(max_workers=1)
+        self.reader = LayerReader(shards, device)
 
     def read_before_stack(self) -> None:
         """Give everything outside of the decoder layers its weights, except the output head."""
@@ -82,10 +82,10 @@ class StreamedModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
-        """Within the context a decoder layer has its weights, and the system reads those of the next one."""
+        """Within the context a decoder layer has its weights, and a thread reads those of the next one."""
         start = time.perf_counter()
         self._read(self.names_of[index])
-        self.prefetcher.submit(self.shards.prefetch, self.names_of.get(index + 1, []))
+        self.reader.ask(self.names_of.get(index + 1, []))
         self.summary.add_seconds("read", start)
         yield
         release(self.stack.modules[index])
@@ -94,7 +94,7 @@ class StreamedModel:
     def close(self) -> None:
         """Forget all weights."""
         release(self.model)
-        self.prefetcher.shutdown()
+        self.reader.close()
 
     def observe(
         self, index: int, layers: list[MoeLayer], wanted: Wanted, needs: frozenset[str], *, passes_on: bool
@@ -147,5 +147,5 @@ class StreamedModel:
         return {name: t for name, t in self.model.state_dict().items() if self.stack.index_of(name) is None}
 
     def _read(self, names: list[str]) -> None:
-        load_tensors(self.model, self.shards, names, self.device)
+        load_tensors(self.model, self.shards, self.reader.take(names), self.device)
         self.summary.bytes_read += self.shards.num_bytes(names)

@@ -41,7 +41,7 @@ def compress_layer(
     """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
 
     A recipe that selects neurons or refits also needs all experts in float32, what `collected` kept of the calibration
-    tokens, and the sums of `FeatureSums` for the neurons that stay.
+    tokens, `KeptFeatures` of these, and the sums of `FeatureSums` for the neurons that stay.
 
     Args:
         layer: As found in the original model.
