@@ -52,6 +52,8 @@ def test_the_latent_size_is_the_largest_that_fits():
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "switch_transformers"])
 @pytest.mark.parametrize("rule", RULES)
 def test_plan_report_model_and_checkpoint_agree(rule, family, original, tokens, tmp_path):
+    if "fisher" in SHARED_BASE.needs(rule) and family == "switch_transformers":
+        pytest.skip("an encoder-decoder has no gradients of a loss of its own")
     options = {"rows": 0.3} if RULES[rule] == "base" and family == "qwen3_moe" else {}
     recipe = Recipe(keep=0.6, shared_base=rule, shared_base_options=options, similarity=None, grouping="drop")
     model, result = original(family), compress_moe(original(family), recipe, calibration=tokens, progress=False)

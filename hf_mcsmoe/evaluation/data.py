@@ -8,7 +8,7 @@ from typing import Any
 from ..calibration import Calibration, load_calibration
 from ..calibration.sources import Source, open_source
 
-EVALUATION_TEXT = Path(__file__).parent / "assets" / "evaluation.jsonl"
+EVALUATION_TEXT = Path(__file__).parents[1] / "assets" / "evaluation.jsonl"
 DEFAULT_SEQUENCE_LENGTH = 256
 
 

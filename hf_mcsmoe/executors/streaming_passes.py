@@ -65,9 +65,9 @@ def plan_passes(
 ) -> Passes:
     """The passes that a recipe takes.
 
-    One where each layer's budget is known beforehand: all layers keep equally many experts, or all keep all. Else a
-    first one for the statistics of all layers, which stay on the disk with the kept tokens, so that the last one runs
-    no data, unless
+    One where each layer's budget is known beforehand: all layers keep equally many experts, or all keep all and the
+    allocation rule reads no statistics. Else a first one for the statistics of all layers, which stay on the disk with
+    the kept tokens, so that the last one runs no data, unless
 
     - the recipe is sequential: each layer's statistics come from the compressed layers before it, in the last pass;
       the first collects only what budgets depend on, of the original layers, as `compress_in_memory` does;
@@ -82,6 +82,7 @@ def plan_passes(
         keeps_tokens: Whether there is room for kept tokens, see `has_room_for_tokens`.
     """
     all_stay = budget_of_layer(layers, recipe) == [layer.num_slots for layer in layers]
+    all_stay = all_stay and "statistics_of_layer" not in ALLOCATION.asks_for(recipe.allocation)
     looks_at_all = recipe.protect is not None or not (all_stay or recipe.allocation in ONE_PASS_ALLOCATIONS)
     wanted, nothing = wanted_by(recipe), frozenset()
     if isinstance(data, SavedStatistics):
