@@ -199,7 +199,8 @@ def test_half_precision_is_near_float32(form, dtype):
             output = logits(model)
             assert output.dtype == dtype
             expected = logits(copy.deepcopy(model).float())
-        torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+        # Of all logits together: rounding may send single tokens to another expert.
+        assert (output.float() - expected).norm() < 0.1 * expected.norm()
 
 
 def test_hardening_keeps_the_matrices_and_drops_rows_of_zeros():
