@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+from .allocation import ALLOCATION
 from .decomposition import DECOMPOSITION
 
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
@@ -38,6 +39,7 @@ class LayerBudget:
     context_length: int | None
     rows: int | None
     layout: str
+    allocation: str
     selection: str | None
     keep_experts: float | None
     shared_base: str | None
@@ -102,6 +104,18 @@ class LayerBudget:
                 f"keep_experts is {self.keep_experts!r}, it must be in [keep, 1] = [{self.keep}, 1]: the experts that "
                 "stay are narrowed to the share keep of all neurons."
             )
+
+    def _check_allotted_neurons(self) -> None:
+        if self.allots_neurons and self.selection is None:
+            raise ValueError(
+                f"allocation is {self.allocation!r}, which shares neurons among layers, but selection is None. "
+                "Name a selection, such as 'joint_obs', or use another allocation."
+            )
+
+    @property
+    def allots_neurons(self) -> bool:
+        """Whether layers keep different shares of their neurons, as the allocation finds."""
+        return ALLOCATION.trait(self.allocation, "allots", "experts") == "neurons"
 
     def experts_per_layer(self, num_experts: int) -> int:
         """Average number of experts that a layer of `num_experts` keeps.

@@ -148,6 +148,8 @@ def check_layout(layers: Sequence[MoeLayer], recipe: Recipe, *, model: nn.Module
 
 def _check_allocation(sizes: list[int], budgets: list[int], recipe: Recipe) -> None:
     """The rule knows best what it cannot spend; equal saliencies stand for those that calibration will give."""
+    if recipe.allots_neurons:
+        return  # any layer can keep its share
     name, check = recipe.allocation, ALLOCATION.trait(recipe.allocation, "check_budget")
     if check is not None:
         check(sizes, budgets, {**ALLOCATION.options(name), **recipe.allocation_options})

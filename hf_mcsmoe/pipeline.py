@@ -1,5 +1,6 @@
 """The steps of a recipe on a whole model in memory: statistics, budgets, then layer after layer."""
 
+import dataclasses
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -12,17 +13,19 @@ from transformers.utils import logging
 from .allocation import ALLOCATION
 from .calibration import Calibration
 from .executors.in_memory import Collected, reached
-from .executors.kept_inputs import collect_first, visits
+from .executors.kept_inputs import collect_first, original_visits, visits
 from .executors.processes import current
 from .executors.sharing import Result, compress_shared
 from .executors.wanted import wanted_by
 from .families import find_layers, tied_layers
 from .layer.compression import compress_layer, follow
 from .layer.protection import check_room, protected_experts, with_protected
+from .layer.removal import LayerNeurons
 from .layouts import budget_of_layer, native_target, resolve_layers
 from .modeling.offload import fetched
+from .neuron_allocation import allot_neurons
 from .outcome import conclude, count
-from .recipe import Recipe
+from .recipe import STEPS, Recipe
 from .saliency import SALIENCY
 from .saved_statistics import SavedStatistics
 from .sizes import measure
@@ -71,6 +74,11 @@ def compress_in_memory(
     )
     allotted, protected = processes.from_first((allotted, protected))
     check_room(recipe, allotted, protected)
+    neurons: dict[str, LayerNeurons] = {}
+    if recipe.allots_neurons:
+        in_memory = ((layer, collected[layer.name]) for layer in layers)
+        given = in_memory if is_collected else original_visits(model, layers, data, wanted, collected)
+        neurons = allot_neurons(layers, recipe, statistics, given, processes, progress=progress)
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     reports: dict[str, LayerReport] = {}
     layouts: dict[str, Any] = {}
@@ -78,10 +86,13 @@ def compress_in_memory(
     if is_collected:
         todo = ((layer, collected[layer.name]) for layer in layers)
     else:
-        todo = visits(model, layers, tied, data, wanted, collected)
+        # What budgets depend on is of the original layers, in one pass; later ones need not collect it again.
+        of_steps = recipe.statistics_needed([step for step in STEPS if step != "allocation"])
+        todo = visits(model, layers, tied, data, dataclasses.replace(wanted, statistics=of_steps), collected)
 
     def compress(layer: MoeLayer, of_layer: Collected) -> Result:
-        return compress_layer(layer, recipe, of_layer, allotted[layer.name], protected.get(layer.name))
+        budget = allotted[layer.name], protected.get(layer.name), neurons.get(layer.name)
+        return compress_layer(layer, recipe, of_layer, *budget)
 
     todo = tqdm(todo, "merging", len(layers), unit="layer", disable=not progress, delay=2)
     how = {"one_by_one": recipe.sequential or bool(tied), "is_native": recipe.layout == "native"}
@@ -105,6 +116,8 @@ def allocate(
     layers: list[MoeLayer], recipe: Recipe, statistics: dict[str, LayerStatistics], protected: dict[str, Tensor]
 ) -> list[int]:
     """Experts that each layer keeps, by the recipe's allocation rule; protected ones come first in all of them."""
+    if recipe.allots_neurons:
+        return budget_of_layer(layers, recipe)  # all experts stay
     saliency_of_layer = [
         with_protected(saliency_of(layer, recipe, statistics[layer.name]), protected.get(layer.name))
         for layer in layers

@@ -1,7 +1,7 @@
 """Recipe: what the user asks for."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,9 @@ class Recipe(LayerBudget):
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
         protect: Which experts are never dropped and never merged, whatever their saliency; None protects none.
         saliency: Score that decides which experts lead.
-        allocation: How many experts each layer keeps; None takes "global_usage" for the mapped layout
-            and "uniform" for the native one, where all layers must have the same number, and with `selection`.
+        allocation: How many experts each layer keeps, or with `selection` neurons; None takes "global_usage" for the
+            mapped layout and "uniform" for the native one, where all layers must have the same number, and with
+            `selection`.
         similarity: How alike experts are; None where the grouping does not ask.
         grouping: Which experts become one.
         alignment: Neuron order before merging; None leaves neurons as they are.
@@ -167,6 +168,7 @@ class Recipe(LayerBudget):
             object.__setattr__(self, "allocation", "uniform" if is_uniform else "global_usage")
         self._check_budget()
         self._check_steps()
+        self._check_allotted_neurons()
         self._check_combinations()
 
     def _check_steps(self) -> None:
@@ -251,9 +253,9 @@ class Recipe(LayerBudget):
             )
         check_budget(self.decomposition_options)
 
-    def statistics_needed(self) -> frozenset[str]:
+    def statistics_needed(self, steps: Iterable[str] = tuple(STEPS)) -> frozenset[str]:
         """Union of the fields of `LayerStatistics` that the steps read."""
-        used = [(STEPS[step], getattr(self, step)) for step in STEPS if getattr(self, step) is not None]
+        used = [(STEPS[step], getattr(self, step)) for step in steps if getattr(self, step) is not None]
         return frozenset().union(*(registry.needs(name) for registry, name in used)) - NOT_STATISTICS
 
     def statistics_with(self, trait: str) -> list[str]:
@@ -274,7 +276,11 @@ class Recipe(LayerBudget):
     @property
     def needs_inputs(self) -> bool:
         """Whether layers are run again on what they were given in calibration."""
-        if self.is_fitted_on_tokens or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)):
+        if (
+            self.is_fitted_on_tokens
+            or self.allots_neurons
+            or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition))
+        ):
             return True
         used = [(registry, getattr(self, step)) for step, registry in STEPS.items()]
         return any("tokens" in registry.asks_for(name) for registry, name in used if name is not None)

@@ -93,6 +93,30 @@ def visits(
             yield layer, now if wanted.sequential else dataclasses.replace(now, statistics=first.statistics)
 
 
+def original_visits(
+    model: PreTrainedModel, layers: list[MoeLayer], data: Calibration, wanted: Wanted, collected: dict[str, Collected]
+) -> Iterator[tuple[MoeLayer, Collected]]:
+    """Each layer with what it is given while all layers are as they were, for what looks at all of them beforehand.
+
+    Where `collect_first` kept the tokens of all layers, those; else one forward for each group of layers whose tokens
+    fit in `MOST_BYTES`. `collected` stays as it is.
+
+    Args:
+        model: The original model.
+        layers: As for `collect_first`; none of them shares its experts.
+        data: As for `collect_first`.
+        wanted: As for `collect_first`, with kept tokens.
+        collected: From `collect_first`.
+    """
+    if wanted.targets is None and fits_at_once(layers, data, wanted):
+        yield from ((layer, collected[layer.name]) for layer in layers)
+        return
+    how = {"progress": False, **amounts(wanted, keeps_tokens=True)}
+    for group in groups_of_layers(layers, data, dataclasses.replace(wanted, sequential=False)):
+        found = collect(model, group, data, frozenset(), **how)
+        yield from ((layer, found.pop(layer.name)) for layer in group)
+
+
 def correct(now: LayerInputs, original: LayerInputs) -> None:
     """Give kept tokens the corrections that bring their residual stream to the original one; drops both streams."""
     pairs = zip(original.streams, now.streams, strict=True)

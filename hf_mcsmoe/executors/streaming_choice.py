@@ -55,6 +55,10 @@ def check_streamable(config: PreTrainedConfig, recipe: Recipe, trust_remote_code
         raise NotStreamableError("it brings its own code")
     if recipe.statistics_with("gradients"):
         raise NotStreamableError("its recipe needs gradients of the loss, through all layers at once")
+    if recipe.allots_neurons:
+        raise NotStreamableError(
+            f"its recipe's allocation {recipe.allocation!r} looks at the neurons of all layers before it narrows one"
+        )
     if recipe.targets is not None:
         raise NotStreamableError(f"its recipe compares each layer with the {recipe.targets} of the whole model")
 

@@ -1,6 +1,5 @@
 """One layer through the steps of a recipe: group, align, merge, route, install, and measure what it did."""
 
-import dataclasses
 import functools
 import time
 from typing import Any
@@ -11,8 +10,6 @@ from torch import Tensor
 from ..decomposition import DECOMPOSITION
 from ..executors.in_memory import Collected
 from ..expert_values import PackedExperts
-from ..matching import MATCHING
-from ..matching.tokens import MatchingTokens, TrainableRouter, can_train_router
 from ..modeling.constant_outputs import fill_constants
 from ..modeling.experts import install_mapped, install_native, replace_experts
 from ..modeling.install_forms import install_ragged
@@ -25,9 +22,11 @@ from ..sizes import Sizes, constant_sizes, expert_size, expert_sizes, neuron_siz
 from ..types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
 from .constants import constants_of_layer, without_constants
 from .decomposition import decompose
-from .fit import FittedExperts, fit_experts, refit_down
+from .fit import FittedExperts, fit_experts
+from .matching import match_layer, trains_router
 from .merging import MergedLayer, merge_layer
 from .record import record_statistics
+from .removal import LayerNeurons
 from .router import RouterErrors, cut_router
 from .sharing import share_experts
 
@@ -36,7 +35,12 @@ WORTH_COLLAPSING = 0.1
 
 
 def compress_layer(
-    layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int, protected: Tensor | None = None
+    layer: MoeLayer,
+    recipe: Recipe,
+    collected: Collected,
+    num_experts: int,
+    protected: Tensor | None = None,
+    neurons: LayerNeurons | None = None,
 ) -> tuple[LayerReport, dict[str, Any], dict[str, Tensor]]:
     """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
 
@@ -49,6 +53,7 @@ def compress_layer(
         collected: What the calibration forward left of this layer; its held-out sample may be empty.
         num_experts: M.
         protected: Experts that stay as they are, (N,) bool; None for none.
+        neurons: Of an allocation that shares neurons among layers; None for what the recipe gives each layer.
 
     Returns:
         What it did, the layer's entry in the layout of a mapped checkpoint, and what `record_statistics` keeps.
@@ -69,7 +74,8 @@ def compress_layer(
     is_cut = is_router_cut(layer, merged) and (reads_tokens(recipe) or recipe.router is not None)
     rows = cut_router(layer, recipe, merged, collected, before) if is_cut else None
     tokens = tokens_of_layer(layer, collected, merged, of_original, constants) if of_original is not None else None
-    fitted = fit_and_match(layer, recipe, merged, tokens, collected) if recipe.is_fitted else None
+    neurons = neurons or neurons_of(layer, recipe, num_experts)
+    fitted = fit_and_match(layer, recipe, merged, tokens, collected, neurons) if recipe.is_fitted else None
     if recipe.shares_experts:
         share_experts(layer, recipe, merged, collected.statistics, original, layout)
     else:
@@ -132,13 +138,23 @@ def sizes_after(layer: MoeLayer, recipe: Recipe, num_experts: int) -> Sizes:
     return expert_sizes(layer, num_experts, expert_size(layer, recipe if recipe.decomposes(layer.num_slots) else None))
 
 
+def neurons_of(layer: MoeLayer, recipe: Recipe, num_experts: int) -> LayerNeurons:
+    """What the recipe gives each layer."""
+    return LayerNeurons(recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, num_experts))
+
+
 def fit_and_match(
-    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, collected: Collected
+    layer: MoeLayer,
+    recipe: Recipe,
+    merged: MergedLayer,
+    tokens: LayerTokens | None,
+    collected: Collected,
+    neurons: LayerNeurons,
 ) -> FittedExperts | None:
     """Select neurons, refit and train, as the recipe says; None where all experts stay as they are."""
-    if is_unchanged(layer, recipe, merged):
+    if is_unchanged(layer, merged, neurons):
         return None
-    fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
+    fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics, neurons)
     return match_layer(layer, recipe, collected, tokens, fitted) if recipe.matching is not None else fitted
 
 
@@ -178,57 +194,27 @@ def reads_tokens(recipe: Recipe) -> bool:
 
 
 def fit_layer(
-    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, statistics: LayerStatistics
+    layer: MoeLayer,
+    recipe: Recipe,
+    merged: MergedLayer,
+    tokens: LayerTokens | None,
+    statistics: LayerStatistics,
+    neurons: LayerNeurons,
 ) -> FittedExperts:
     """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
     experts = as_float32(layer.family.view(layer, merged.parameters))
-    budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
     supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
+    how = {"supply": supply, "saliency": neurons.saliency}
     if tokens is None:
-        return fit_experts(experts, layer.family.activation(layer), recipe, budget, [], [], supply)
-    return fit_experts(
-        experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out, supply, tokens.features
-    )
+        return fit_experts(experts, layer.family.activation(layer), recipe, neurons.number, [], [], **how)
+    kept = tokens.calibration, tokens.held_out
+    return fit_experts(experts, tokens.activation, recipe, neurons.number, *kept, known=tokens.features, **how)
 
 
-def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:
+def is_unchanged(layer: MoeLayer, merged: MergedLayer, neurons: LayerNeurons) -> bool:
     """Whether all experts stay as they are, so that there is nothing to fit."""
     num_experts = merged.groups.num_groups
-    full = num_experts * layer.intermediate_size
-    budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, num_experts)
-    return num_experts == layer.num_slots and budget == full
-
-
-def match_layer(
-    layer: MoeLayer, recipe: Recipe, collected: Collected, tokens: LayerTokens, fitted: FittedExperts
-) -> FittedExperts:
-    """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now.
-
-    Without held-out tokens nothing could tell whether that made the layer better: it is left as it is.
-    """
-    if not tokens.held_out:
-        return fitted
-    how = {"seed": recipe.seed, **recipe.matching_options}
-    router = others = None
-    if trains_router(layer, recipe):
-        router = TrainableRouter(layer, collected.calibration, tokens.assignment)
-        others = router.beside(collected.held_out)
-    seen, held_out = MatchingTokens(tokens.calibration, router), MatchingTokens(tokens.held_out, others)
-    experts = MATCHING[recipe.matching](fitted.experts, tokens.activation, seen, held_out, **how)
-    if router is not None:
-        router.write_back(layer.router)
-    fitted = dataclasses.replace(fitted, experts=experts)
-    if recipe.refit is None:
-        return fitted
-    return refit_down(experts, tokens.activation, recipe, seen.batches(), held_out.batches())
-
-
-def trains_router(layer: MoeLayer, recipe: Recipe) -> bool:
-    """Whether output matching changes the router of a layer."""
-    if recipe.matching is None:
-        return False
-    wanted = (MATCHING.options(recipe.matching) | recipe.matching_options).get("router", False)
-    return wanted and can_train_router(layer)
+    return num_experts == layer.num_slots and neurons.number == num_experts * layer.intermediate_size
 
 
 def install(

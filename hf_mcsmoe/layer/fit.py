@@ -90,6 +90,7 @@ def fit_experts(
     held_out: list[RoutedTokens],
     supply: Mapping[str, Callable[[], Any]] | None = None,
     known: KeptFeatures | None = None,
+    saliency: Tensor | None = None,
 ) -> FittedExperts:
     """Select neurons and refit the down projections, as the recipe says.
 
@@ -102,6 +103,7 @@ def fit_experts(
         held_out: The same for other tokens; may be empty.
         supply: What else a selection may ask for, beside "grams", "sums" of features and the "budget".
         known: Features that may be those of `experts` on `tokens`.
+        saliency: Of all neurons, (P,), where it is known already; None asks the selection.
     """
     is_known = known is not None and known.serves(experts, tokens)
     features = known if is_known else KeptFeatures(experts, activation, tokens)
@@ -110,14 +112,15 @@ def fit_experts(
         is_uniform = recipe.layout == "native"
         budget = num_neurons // experts.num_experts if is_uniform else num_neurons
         least = least_width(budget, experts.num_experts, is_uniform)
-        is_small = experts.num_neurons <= MOST_JOINT_NEURONS
-        supply = {
-            "grams": lambda: grams_of(features),
-            "sums": lambda: sum_features(experts, activation, tokens, features) if is_small else None,
-            "budget": lambda: (num_neurons, least),
-            **(supply or {}),
-        }
-        saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
+        if saliency is None:
+            is_small = experts.num_neurons <= MOST_JOINT_NEURONS
+            supply = {
+                "grams": lambda: grams_of(features),
+                "sums": lambda: sum_features(experts, activation, tokens, features) if is_small else None,
+                "budget": lambda: (num_neurons, least),
+                **(supply or {}),
+            }
+            saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
         saliency = saliency.to(experts.up.device)
         kept = choose_neurons(saliency, experts.offsets.tolist(), budget, is_uniform)
         experts, columns = experts.select_neurons(kept), features.of_neurons(kept)

@@ -44,8 +44,28 @@ def order_by_joint_obs(
         (P,) float64: 0 for the neuron that goes first; those that stay come last. Time O(P^3), memory 24 P^2 bytes
         beside the sums.
     """
-    if sums is None:
+    found = joint_removals(experts, grams, sums, budget, ridge, block)
+    if found is None:
         return saliency_by_gated_obs(experts, grams=grams)
+    order, _ = found
+    places = torch.arange(len(order), device=order.device).to(sums.gram.dtype)
+    return torch.empty_like(places).index_copy(0, order, places)
+
+
+def joint_removals(
+    experts: PackedExperts,
+    grams: list[Tensor],
+    sums: FeatureSums | None,
+    budget: tuple[int, int],
+    ridge: float,
+    block: float,
+) -> tuple[Tensor, Tensor] | None:
+    """In which order neurons go and what each removal costs, see `elimination`; arguments of `order_by_joint_obs`.
+
+    None where there are no sums, or no token gave a feature.
+    """
+    if sums is None:
+        return None
     gram, offsets = sums.gram.clone(), experts.offsets.tolist()
     for expert, of_expert in enumerate(grams):
         neurons = slice(offsets[expert], offsets[expert + 1])
@@ -54,12 +74,11 @@ def order_by_joint_obs(
     damping = mean_energies(gram, offsets)
     down = experts.down.to(gram.dtype)
     if not damping.any():
-        return saliency_by_gated_obs(experts, grams=grams)
+        return None
     inverse = damped_inverse(gram, ridge * damping)
     # A Gram that stands for an expert adds nothing to what the layer is to give: the residual is of the real tokens.
     best = down + inverse @ (sums.cross - sums.gram @ down)
-    order = elimination_order(inverse, best, experts.expert_of_neuron.to(down.device), budget, block)
-    return torch.empty_like(damping).index_copy(0, order, torch.arange(len(order), device=order.device).to(down.dtype))
+    return elimination(inverse, best, experts.expert_of_neuron.to(down.device), budget, block)
 
 
 def damped_inverse(gram: Tensor, damping: Tensor) -> Tensor:
@@ -73,10 +92,10 @@ def damped_inverse(gram: Tensor, damping: Tensor) -> Tensor:
         damping = 10 * damping
 
 
-def elimination_order(
+def elimination(
     inverse: Tensor, down: Tensor, expert_of_neuron: Tensor, budget: tuple[int, int], block: float
-) -> Tensor:
-    """Neurons in the order in which they go, (P,) int64; those that stay come last, by what their removal would cost.
+) -> tuple[Tensor, Tensor]:
+    """The order in which neurons go, and what that costs.
 
     Args:
         inverse: H^-1, (P, P).
@@ -84,22 +103,29 @@ def elimination_order(
         expert_of_neuron: (P,).
         budget: See `order_by_joint_obs`.
         block: In (0, 1].
+
+    Returns:
+        All neurons, (P,) int64, those that stay last, by what their removal would cost; and for each of the r that go
+        how much its removal, after those before it and with a refit of all that are left, raises the minimum of the
+        ridge problem, (r,). So the sums of the first ones are exact for any number of neurons, blocks or not.
     """
     num_kept, least = budget
-    left, order = torch.arange(len(down), device=down.device), []
+    left, order, costs = torch.arange(len(down), device=down.device), [], []
     while True:
-        costs = down.square().sum(1) / inverse.diagonal()
-        by_cost = costs.argsort(stable=True)
+        by_cost = (down.square().sum(1) / inverse.diagonal()).argsort(stable=True)
         number = min(len(left) - num_kept, max(1, int(len(left) * block)))
         free = by_cost[is_above(expert_of_neuron[left[by_cost]], least)][: max(0, number)]
         if not len(free):
-            return torch.cat([*order, left[by_cost]])
+            return torch.cat([*order, left[by_cost]]), torch.cat([down.new_empty(0), *costs])
         order.append(left[free])
         stays = torch.ones_like(left, dtype=torch.bool).index_fill(0, free, False).nonzero().flatten()
-        coupling = inverse[stays[:, None], free]
+        # Removing a set R costs |L^-1 down_R|^2 with L L^T = [H^-1]_RR, and its first rows what the first ones cost.
         factor = torch.linalg.cholesky(inverse[free[:, None], free])
-        down = down[stays] - coupling @ torch.cholesky_solve(down[free], factor)
-        inverse = inverse[stays[:, None], stays] - coupling @ torch.cholesky_solve(coupling.T, factor)
+        change = torch.linalg.solve_triangular(factor, down[free], upper=False)
+        coupling = torch.linalg.solve_triangular(factor, inverse[free[:, None], stays], upper=False)
+        costs.append(change.square().sum(1))
+        down = down[stays] - coupling.T @ change
+        inverse = inverse[stays[:, None], stays] - coupling.T @ coupling
         left = left[stays]
 
 

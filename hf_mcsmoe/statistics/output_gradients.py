@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..observation.observed import ExpertTokens
+from ..observation.observed import ExpertTokens, ObservedTokens, sum_dtype
 from ..statistics import STATISTICS
 
 
@@ -22,6 +22,17 @@ def neuron_gradient_energy(routed: ExpertTokens) -> Tensor:
     score only so. Memory: 8 N I bytes.
     """
     return (routed.output_gradients @ routed.weights.down[0].float()).square().sum(0)
+
+
+@STATISTICS.register("output_gradient_energy", of="slots", gradients=True)
+def output_gradient_energy(observed: ObservedTokens) -> Tensor:
+    """Sum over the tokens of |gamma_t|^2, a scalar, with gamma_t = d loss / d output of the routed experts together.
+
+    The trace of the empirical Fisher information of that output.
+    """
+    gradients = observed.output_gradients
+    energies = gradients.to(sum_dtype(gradients.device)).square().sum(-1)
+    return torch.where(observed.token_mask.to(energies.device), energies, 0).sum()
 
 
 @STATISTICS.register("fisher", of="expert", gradients=True, precision="float32")
