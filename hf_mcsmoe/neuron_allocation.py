@@ -28,15 +28,17 @@ def allot_neurons(
 
     Args:
         layers: Those that are compressed, as found.
-        recipe: With an allocation of neurons.
+        recipe: Of the compression.
         statistics: Of these layers.
         given: Each of them with its kept tokens, of the original model; not asked where all neurons stay.
         processes: Those that work on the model.
         progress: Show a progress bar.
 
     Returns:
-        Empty where all neurons stay.
+        Empty where the recipe's allocation is not of neurons, or all of them stay.
     """
+    if not recipe.allots_neurons:
+        return {}
     shares = {layer.name: neurons_of_layer(layer, recipe, layer.num_slots) for layer in layers}
     if all(shares[layer.name] == layer.num_slots * layer.intermediate_size for layer in layers):
         return {}

@@ -1,7 +1,7 @@
 """The steps of a recipe on a whole model in memory: statistics, budgets, then layer after layer."""
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ from .executors.in_memory import Collected, reached
 from .executors.kept_inputs import collect_first, original_visits, visits
 from .executors.processes import current
 from .executors.sharing import Result, compress_shared
-from .executors.wanted import wanted_by
+from .executors.wanted import Wanted, wanted_by
 from .families import find_layers, tied_layers
 from .layer.compression import compress_layer, follow
 from .layer.protection import check_room, protected_experts, with_protected
-from .layer.removal import LayerNeurons
 from .layouts import budget_of_layer, native_target, resolve_layers
 from .modeling.offload import fetched
 from .neuron_allocation import allot_neurons
@@ -74,21 +73,12 @@ def compress_in_memory(
     )
     allotted, protected = processes.from_first((allotted, protected))
     check_room(recipe, allotted, protected)
-    neurons: dict[str, LayerNeurons] = {}
-    if recipe.allots_neurons:
-        in_memory = ((layer, collected[layer.name]) for layer in layers)
-        given = in_memory if is_collected else original_visits(model, layers, data, wanted, collected)
-        neurons = allot_neurons(layers, recipe, statistics, given, processes, progress=progress)
+    given, todo = looks_at_layers(model, layers, tied, recipe, data, wanted, collected, is_collected=is_collected)
+    neurons = allot_neurons(layers, recipe, statistics, given, processes, progress=progress)
     native = native_target(model, recipe, layers, excluded) if recipe.layout == "native" else None
     reports: dict[str, LayerReport] = {}
     layouts: dict[str, Any] = {}
     statistics_kept: dict[str, Tensor] = {}
-    if is_collected:
-        todo = ((layer, collected[layer.name]) for layer in layers)
-    else:
-        # What budgets depend on is of the original layers, in one pass; later ones need not collect it again.
-        of_steps = recipe.statistics_needed([step for step in STEPS if step != "allocation"])
-        todo = visits(model, layers, tied, data, dataclasses.replace(wanted, statistics=of_steps), collected)
 
     def compress(layer: MoeLayer, of_layer: Collected) -> Result:
         budget = allotted[layer.name], protected.get(layer.name), neurons.get(layer.name)
@@ -110,6 +100,26 @@ def compress_in_memory(
     how |= {"used_again": [first.name for first in tied.values()], "statistics": statistics_kept}
     conclude(model, recipe, data, layers, in_order, layouts, **how)
     return model.compression_report
+
+
+def looks_at_layers(
+    model: PreTrainedModel,
+    layers: list[MoeLayer],
+    tied: Mapping[MoeLayer, MoeLayer],
+    recipe: Recipe,
+    data: Calibration | SavedStatistics,
+    wanted: Wanted,
+    collected: Mapping[str, Collected],
+    *,
+    is_collected: bool,
+) -> tuple[Iterator[tuple[MoeLayer, Collected]], Iterator[tuple[MoeLayer, Collected]]]:
+    """Each layer with what it is given in the original model, and each with what it is compressed on, when asked."""
+    if is_collected:
+        return tuple(((layer, collected[layer.name]) for layer in layers) for _ in range(2))
+    # What budgets depend on is of the original layers, in one pass; later ones need not collect it again.
+    of_steps = recipe.statistics_needed([step for step in STEPS if step != "allocation"])
+    how = dataclasses.replace(wanted, statistics=of_steps), collected
+    return original_visits(model, layers, data, *how), visits(model, layers, tied, data, *how)
 
 
 def allocate(

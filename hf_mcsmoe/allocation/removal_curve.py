@@ -53,8 +53,8 @@ def allocate_by_fisher_curve(
     """Minimise the sum over layers of the squared error of a layer's output times what the loss asks of that output.
 
     To second order an error d_t of a layer's output costs (gamma_t . d_t)^2 / 2 where gamma_t is the gradient of the
-    loss by that output (the empirical Fisher information). With errors that do not know of the gradients, and gradients
-    alike in all directions, that is in proportion to sum |gamma|^2 times the mean |d|^2. Needs a backward pass.
+    loss by that output (the empirical Fisher information). Where errors do not know of the gradients, and gradients
+    are alike in all directions, that is in proportion to sum |gamma|^2 times the mean |d|^2. Needs a backward pass.
     HEAPr (Li et al., 2026, https://arxiv.org/abs/2509.22299) weighs single neurons so; this for layers is ours.
 
     Args:

@@ -74,7 +74,6 @@ def compress_layer(
     is_cut = is_router_cut(layer, merged) and (reads_tokens(recipe) or recipe.router is not None)
     rows = cut_router(layer, recipe, merged, collected, before) if is_cut else None
     tokens = tokens_of_layer(layer, collected, merged, of_original, constants) if of_original is not None else None
-    neurons = neurons or neurons_of(layer, recipe, num_experts)
     fitted = fit_and_match(layer, recipe, merged, tokens, collected, neurons) if recipe.is_fitted else None
     if recipe.shares_experts:
         share_experts(layer, recipe, merged, collected.statistics, original, layout)
@@ -149,9 +148,10 @@ def fit_and_match(
     merged: MergedLayer,
     tokens: LayerTokens | None,
     collected: Collected,
-    neurons: LayerNeurons,
+    neurons: LayerNeurons | None,
 ) -> FittedExperts | None:
     """Select neurons, refit and train, as the recipe says; None where all experts stay as they are."""
+    neurons = neurons or neurons_of(layer, recipe, merged.groups.num_groups)
     if is_unchanged(layer, merged, neurons):
         return None
     fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics, neurons)
