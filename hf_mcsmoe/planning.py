@@ -180,10 +180,13 @@ def _notes(model: PreTrainedModel, kept: list[MoeLayer], recipe: Recipe, layer_p
             "then computed once."
         )
     if any(layer.is_average for layer in layer_plans):
+        what = "neurons" if recipe.allots_neurons else "experts"
         total = sum(layer.experts_after for layer in layer_plans if not layer.excluded)
+        if recipe.allots_neurons:
+            total = sum(neurons_of_layer(layer, recipe, layer.num_slots) for layer in kept)
         notes.append(
-            f"Experts per layer are averages: allocation {recipe.allocation!r} spends {total} experts on {len(kept)} "
-            "layers after calibration."
+            f"{what.capitalize()} per layer are averages: allocation {recipe.allocation!r} spends {total} {what} on "
+            f"{len(kept)} layers after calibration."
         )
         if len({layer.bytes_per_expert for layer in kept}) > 1:
             notes.append("Experts differ in size between layers, so the totals are estimates.")
