@@ -90,6 +90,20 @@ def test_a_large_layer_takes_the_costs_of_its_experts_alone(seen, monkeypatch):
     assert curve.costs[:-40].sum() > joint.costs[:-40].sum()  # other experts cannot make up for a neuron
 
 
+@pytest.mark.parametrize("most", [0, NEURONS])
+def test_no_expert_falls_below_its_least_width_on_the_way(most, seen, monkeypatch):
+    layer, collected = seen
+    monkeypatch.setattr(layer_fit, "MOST_JOINT_NEURONS", most)
+    free = removal_curve(layer, Recipe(**OURS), collected, 130)
+    monkeypatch.setattr(layer_fit, "LEAST_SHARE", 0.95)  # 15 of about 16 neurons
+    bound = removal_curve(layer, Recipe(**OURS), collected, 130)
+    assert bound.costs.isinf().sum() == free.costs.isinf().sum() == 130
+    assert bound.costs[:-130].sum() > free.costs[:-130].sum()
+    if most:
+        widths_of = [(one.saliency.argsort()[-130:] // 24).bincount(minlength=8) for one in (free, bound)]
+        assert widths_of[0].min() < widths_of[1].min() == 15
+
+
 def test_a_layer_without_tokens_has_nothing_to_lose(seen):
     layer, collected = seen
     curve = removal_curve(layer, Recipe(**OURS), dataclasses.replace(collected, calibration=LayerInputs()), 40)
@@ -100,12 +114,13 @@ def test_the_statistics_are_those_of_the_stream_and_of_the_loss(original, padded
     model, data = original("qwen3_moe"), load_calibration(padded, batch_size=5)
     layers = find_layers(model)
     found = collect(model, layers, data, frozenset({"stream_energy", "output_gradient_energy"}), progress=False)
-    streams, gradients = [0.0] * len(layers), [0.0] * len(layers)
+    streams, gradients, outputs = [0.0] * len(layers), [0.0] * len(layers), []
+    for layer in layers:
+        layer.experts.register_forward_hook(lambda *called: outputs.append(called[2]))
     for batch in data.batches:
         if batch.held_out:
             continue
-        outputs = []
-        handles = [x.experts.register_forward_hook(lambda m, a, output: outputs.append(output)) for x in layers]  # noqa: ARG005
+        outputs.clear()
         result = model(**batch.inputs, output_hidden_states=True)
         loss = next_token_loss(result.logits, batch.inputs["input_ids"], batch.token_mask)
         real = batch.token_mask.flatten()
@@ -113,8 +128,6 @@ def test_the_statistics_are_those_of_the_stream_and_of_the_loss(original, padded
             streams[place] += state.flatten(0, 1)[real].double().square().sum().item()
         for place, gradient in enumerate(torch.autograd.grad(loss, outputs)):
             gradients[place] += gradient.reshape(len(real), -1)[real].double().square().sum().item()
-        for handle in handles:
-            handle.remove()
     for place, layer in enumerate(layers):
         statistics = found[layer.name].statistics
         assert statistics["output_gradient_energy"].item() == pytest.approx(gradients[place], rel=1e-4)

@@ -1,4 +1,4 @@
-"""One budget of neurons for all layers: the rules against brute force, and the curves that they read against refits."""
+"""One budget of neurons for all layers: the rules against brute force, and what they read against refits."""
 
 import itertools
 import re

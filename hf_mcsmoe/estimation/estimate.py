@@ -1,5 +1,6 @@
 """Time, memory, operations and bytes of compressing a model, for both executors, from sizes alone."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ def estimate(
     written = sizes.total_bytes_after
     passes = passes_in_memory(layers, recipe, work)
     # The forwards of a sequential recipe end at the layer that they are for: half of them on average.
-    whole = 1 + (len(layers) + 1) / 2 if recipe.sequential else passes
+    whole = 1 + forwards_beforehand(layers, recipe, work) + (len(layers) + 1) / 2 if recipe.sequential else passes
     how = {"work": work, "recipe": recipe, "rates": rates, "steps": steps}
     in_memory = Estimate(
         "in_memory",
@@ -105,8 +106,16 @@ def estimate(
 
 def passes_in_memory(layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
     """Forwards over the calibration data."""
+    wanted, beforehand = wanted_by(recipe), forwards_beforehand(layers, recipe, work)
+    return beforehand + (1 if fits_at_once(layers, work, wanted) else 1 + len(groups_of_layers(layers, work, wanted)))
+
+
+def forwards_beforehand(layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
+    """Those of them for what an allocation measures of all layers of the original model."""
     wanted = wanted_by(recipe)
-    return 1 if fits_at_once(layers, work, wanted) else 1 + len(groups_of_layers(layers, work, wanted))
+    if not recipe.allots_neurons or (wanted.targets is None and fits_at_once(layers, work, wanted)):
+        return 0
+    return len(groups_of_layers(layers, work, dataclasses.replace(wanted, sequential=False)))
 
 
 def streaming(

@@ -131,10 +131,24 @@ def step_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Wor
         total += Operations(float32=2 * members * width * entries, assignments=members * (width / 256) ** 2.5)
     if recipe.needs_inputs:
         total += fit_operations(layer, recipe, num_experts, min(recipe.fit_tokens, work.num_tokens), held_out)
+    if recipe.allots_neurons:
+        total += curve_operations(layer, min(recipe.fit_tokens, work.num_tokens))
     if recipe.decomposes(slots):
         matrices = entries / (width * hidden)
         total += Operations(float32=SVD * num_experts * matrices * width * hidden * min(width, hidden))
     return total
+
+
+def curve_operations(layer: MoeLayer, tokens: int) -> Operations:
+    """Of taking a layer apart neuron by neuron, on so many kept tokens."""
+    width, hidden, slots, chosen = layer.intermediate_size, layer.hidden_size, layer.num_slots, layer.top_k
+    inner = expert_size(layer).matrix_entries - width * hidden
+    total = Operations(float32=routed_flops(layer, tokens) + 2 * tokens * chosen * (inner + width**2))
+    neurons = slots * width
+    if neurons > MOST_JOINT_NEURONS:
+        return total + Operations(float64=slots * (ELIMINATION * width**3 + width**2 * hidden))
+    sums = tokens * ((chosen * width) ** 2 + 2 * chosen * width * hidden)
+    return total + Operations(float32=sums, float64=ELIMINATION * neurons**3 + 3 * neurons**2 * hidden)
 
 
 def fit_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, tokens: int, held_out: int) -> Operations:
