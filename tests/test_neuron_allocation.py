@@ -8,6 +8,7 @@ from test_layer_fit import fit, reports
 
 from hf_mcsmoe import Recipe, calibrate_moe, compress_moe, neuron_allocation, plan
 from hf_mcsmoe.calibration import load_calibration
+from hf_mcsmoe.estimation import estimate
 from hf_mcsmoe.executors import kept_inputs
 from hf_mcsmoe.executors.gradients import next_token_loss
 from hf_mcsmoe.executors.in_memory import collect
@@ -209,3 +210,16 @@ def test_a_model_on_the_disk_is_loaded_instead_of_streamed(original, padded, tmp
     model = compress_moe(tmp_path / "model", recipe, calibration=padded, output_dir=tmp_path / "out", progress=False)
     assert "cannot be streamed: its recipe's allocation 'removal_curve' looks at the neurons of all" in caplog.text
     assert neurons_of(model) == neurons_of(fit(original("qwen3_moe"), padded, **recipe.to_dict()))
+
+
+@pytest.mark.parametrize("changes", [{}, CORRECTED])
+def test_forwards_are_those_that_were_estimated(changes, original, padded, monkeypatch):
+    """Two batches, one of them held out: first for statistics, then for what layers lose, then one for each layer."""
+    recipe = Recipe(keep=0.5, allocation="removal_curve", **OURS, **changes)
+    model, forwards = original("qwen3_moe"), []
+    monkeypatch.setattr(kept_inputs, "MOST_BYTES", 1 if not changes else kept_inputs.MOST_BYTES)
+    said = estimate(model, recipe)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: forwards.append(0))
+    compress_moe(model, recipe, calibration={"input_ids": padded["input_ids"][:8]}, batch_size=8, progress=False)
+    assert len(forwards) // 2 == said["in_memory"].passes == (7 if not changes else 5)
+    assert "looks at the neurons of all layers" in said["streaming"].impossible

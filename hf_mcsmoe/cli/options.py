@@ -54,7 +54,7 @@ Allocation = Annotated[
     str | None,
     typer.Option(
         "--allocation",
-        help=f"How experts are shared out among layers: {', '.join(ALLOCATION)}.",
+        help=f"How experts, or neurons of a selection, are shared out among layers: {', '.join(ALLOCATION)}.",
         autocompletion=completing(ALLOCATION),
     ),
 ]

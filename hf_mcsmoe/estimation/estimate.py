@@ -11,6 +11,7 @@ from ..auto_candidates import recipe_to_plan
 from ..executors.decoder_stack import stack_name
 from ..executors.kept_inputs import fits_at_once, groups_of_layers
 from ..executors.shards import NotStreamableError
+from ..executors.streaming_choice import reason_against_recipe
 from ..executors.streaming_passes import plan_passes
 from ..executors.wanted import wanted_by
 from ..families import find_layers
@@ -152,8 +153,9 @@ def streaming(
 
 def not_streamable(model: PreTrainedModel, layers: list[MoeLayer], recipe: Recipe) -> str | None:
     """Why a model or a recipe cannot be streamed, as far as can be told without running it."""
-    if recipe.statistics_with("gradients"):
-        return "its recipe needs gradients of the loss, through all layers at once"
+    reason = reason_against_recipe(recipe)
+    if reason is not None:
+        return reason
     try:
         stack_name(model, [layer.name for layer in layers])
     except NotStreamableError as reason:

@@ -17,6 +17,7 @@ from ..types import MoeLayer
 from .workload import Workload
 
 # What a statistic holds a layer, in numbers; `precision` says how wide these are.
+SINGLE = ("every_expert_count", "stream_energy", "output_gradient_energy")
 PER_SLOT = (
     "selection_count gate_sum output_max squared_output_norm_sum output_norm_sum gated_output_norm_sum "
     "squared_gate_sum top_logit_sum residual_change_sum"
@@ -50,7 +51,7 @@ class Memory:
 
 def statistics_bytes(layer: MoeLayer, recipe: Recipe) -> int:
     """Of the sums of one layer, exactly."""
-    slots, numbers = layer.num_slots, {"every_expert_count": 1}
+    slots, numbers = layer.num_slots, dict.fromkeys(SINGLE, 1)
     numbers |= dict.fromkeys(PER_SLOT, slots) | dict.fromkeys(PER_PAIR, slots**2)
     numbers |= dict.fromkeys(PER_OUTPUT, slots * layer.hidden_size)
     numbers |= dict.fromkeys(PER_NEURON, slots * layer.intermediate_size)
@@ -81,6 +82,8 @@ def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Wo
     share = neurons / (num_experts * width)
     total += 4 * slots * size.matrix_entries + 4 * tokens * (hidden + 2 * slots)
     grams = 8 * num_experts * width**2 if recipe.selection is not None and share < 1 else 0
+    if recipe.allots_neurons and slots * width <= MOST_JOINT_NEURONS:  # all are taken apart beforehand
+        grams = 8 * 4 * (slots * width) * (slots * width + hidden)
     fitted = 4 * neurons * (size.matrix_entries // width)
     if recipe.refit is not None:
         joint = 8 * (4 * neurons**2 + 4 * neurons * hidden)

@@ -53,14 +53,22 @@ def check_streamable(config: PreTrainedConfig, recipe: Recipe, trust_remote_code
         raise NotStreamableError(f"its weights are quantized ({method_name(packed)})")
     if trust_remote_code and getattr(config, "auto_map", None):
         raise NotStreamableError("it brings its own code")
+    reason = reason_against_recipe(recipe)
+    if reason is not None:
+        raise NotStreamableError(reason)
+
+
+def reason_against_recipe(recipe: Recipe) -> str | None:
+    """Why a recipe cannot be streamed, whatever the model; None if it can."""
     if recipe.statistics_with("gradients"):
-        raise NotStreamableError("its recipe needs gradients of the loss, through all layers at once")
+        return "its recipe needs gradients of the loss, through all layers at once"
     if recipe.allots_neurons:
-        raise NotStreamableError(
+        return (
             f"its recipe's allocation {recipe.allocation!r} looks at the neurons of all layers before it narrows one"
         )
     if recipe.targets is not None:
-        raise NotStreamableError(f"its recipe compares each layer with the {recipe.targets} of the whole model")
+        return f"its recipe compares each layer with the {recipe.targets} of the whole model"
+    return None
 
 
 def say_loaded(path: str | Path, reason: object) -> None:
