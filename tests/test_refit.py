@@ -29,7 +29,7 @@ def slow_sums(experts, tokens):
 
 def fit(experts, tokens, held_out=None, **options):
     sums = slow_sums(experts, tokens)
-    others = slow_sums(experts, held_out) if held_out is not None else None
+    others = slow_sums(experts, held_out).error if held_out is not None else None
     return refit_by_least_squares(sums, others, experts.offsets.tolist(), experts.down.double(), **options)
 
 
