@@ -11,6 +11,8 @@ from .gated_features import Activation, RoutedTokens, add_outputs, in_chunks, ou
 from .kept_features import KeptFeatures
 from .observed import sum_dtype
 
+EVERY = slice(None)
+
 
 class HeldOutError:
     """Squared error of the output of experts on some tokens, for any down projections.
@@ -35,11 +37,11 @@ class HeldOutError:
             self.targets.append(targets if constant is None else targets - constant)
         self.energy = self._sum_of_squares(self.targets)
 
-    def __call__(self, down: Tensor) -> float:
-        """Sum over the tokens of |y - phi down|^2 for `down` (P, D)."""
+    def __call__(self, down: Tensor, columns: slice = EVERY) -> float:
+        """Sum over the tokens of |y - phi down|^2 for some columns of a `down`, (P, C)."""
         experts = dataclasses.replace(self.experts, down=down.float())
-        outputs = (add_outputs(experts, found, -y) for found, y in zip(self.features, self.targets, strict=True))
-        return self._sum_of_squares(outputs)
+        pairs = zip(self.features, self.targets, strict=True)
+        return self._sum_of_squares(add_outputs(experts, found, -targets[:, columns]) for found, targets in pairs)
 
     def relative(self, down: Tensor) -> float | None:
         """The same over the energy of the targets; None without tokens or where the targets are all zero."""
