@@ -54,7 +54,7 @@ def with_answers(features: KeptFeatures) -> list[RoutedTokens]:
     for chunk, found in zip(in_chunks(batches), features, strict=True):
         output = output_of_biases(experts, chunk.gates.to(device))
         output = torch.zeros(chunk.hidden_states.shape, device=device) if output is None else output
-        outputs.append(add_outputs(experts, found, output))
+        outputs.append(add_outputs(experts.down, experts.offsets.tolist(), found, output))
     targets = torch.cat(outputs).split([len(batch.gates) for batch in batches]) if outputs else ()
     return [dataclasses.replace(b, targets=answer) for b, answer in zip(batches, targets, strict=True)]
 

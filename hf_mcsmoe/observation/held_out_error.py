@@ -1,6 +1,5 @@
 """What tokens that took no part in a fit say of down projections."""
 
-import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -39,9 +38,9 @@ class HeldOutError:
 
     def __call__(self, down: Tensor, columns: slice = EVERY) -> float:
         """Sum over the tokens of |y - phi down|^2 for some columns of a `down`, (P, C)."""
-        experts = dataclasses.replace(self.experts, down=down.float())
+        down, offsets = down.float(), self.experts.offsets.tolist()
         pairs = zip(self.features, self.targets, strict=True)
-        return self._sum_of_squares(add_outputs(experts, found, -targets[:, columns]) for found, targets in pairs)
+        return self._sum_of_squares(add_outputs(down, offsets, found, -y[:, columns]) for found, y in pairs)
 
     def relative(self, down: Tensor) -> float | None:
         """The same over the energy of the targets; None without tokens or where the targets are all zero."""
