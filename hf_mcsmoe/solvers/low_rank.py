@@ -139,7 +139,7 @@ def input_metric(gram: Tensor) -> Tensor:
     """
     gram = gram.double()
     factor, is_singular = torch.linalg.cholesky_ex(gram)
-    if not is_singular and (factor.diagonal().square() > _rounding(gram.diagonal().amax(), len(gram))).all():
+    if not is_singular and (factor.diagonal().square() > _rounding(gram.diagonal().sum(), len(gram))).all():
         return factor
     values, vectors = torch.linalg.eigh(gram)
     seen = values > _rounding(values.amax(), len(gram))
