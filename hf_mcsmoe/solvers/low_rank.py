@@ -139,7 +139,8 @@ def input_metric(gram: Tensor) -> Tensor:
     """
     gram = gram.double()
     factor, is_singular = torch.linalg.cholesky_ex(gram)
-    if not is_singular and (factor.diagonal().square() > _rounding(gram.diagonal().sum(), len(gram))).all():
+    # A pivot may be I times as large as the least eigenvalue.
+    if not is_singular and (factor.diagonal().square() > _rounding(gram.diagonal().sum(), len(gram) ** 2)).all():
         return factor
     values, vectors = torch.linalg.eigh(gram)
     seen = values > _rounding(values.amax(), len(gram))
