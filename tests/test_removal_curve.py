@@ -14,8 +14,10 @@ from hf_mcsmoe.allocation.removal_curve import spend
 from hf_mcsmoe.layer.fit import grams_of
 from hf_mcsmoe.observation.gated_features import sum_features
 from hf_mcsmoe.observation.kept_features import KeptFeatures
+from hf_mcsmoe.observation.observed import ObservedTokens
 from hf_mcsmoe.selection.joint_obs import joint_removals
 from hf_mcsmoe.solvers.rising_means import rising_means
+from hf_mcsmoe.statistics import STATISTICS
 from hf_mcsmoe.types import LayerStatistics
 
 SELECT = {"selection": "joint_obs", "refit": "least_squares"}
@@ -116,6 +118,14 @@ def test_costs_count_relative_to_the_stream_or_times_the_gradients():
     assert ALLOCATION["fisher_curve"](costs, [3, 2], statistics_of_layer=gradients) == [4, 1]
     silent = [of_layer(stream_energy=0.0), of_layer(stream_energy=10.0)]
     assert ALLOCATION["removal_curve"](costs, [3, 2], statistics_of_layer=silent) == [1, 4]
+
+
+def test_padding_has_no_gradient_that_counts():
+    gradients = torch.tensor([[1.0, 2.0], [100.0, 100.0], [0.0, -3.0]])
+    routing = {"top_k_index": torch.zeros(3, 1, dtype=torch.int64), "top_k_weights": torch.ones(3, 1)}
+    mask = torch.tensor([True, False, True])
+    seen = ObservedTokens(2, torch.zeros(3, 2), **routing, token_mask=mask, output_gradients=gradients)
+    assert STATISTICS["output_gradient_energy"](seen).item() == 1 + 4 + 9
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -23,7 +23,11 @@ def allocate_by_removal_curve(
 
     The stream is that after the layer, to which its routed experts have added their output: what the layers behind it
     read, normalised, so its length is the yardstick of a change. Relative to a layer's own output a small error counts
-    as much where that output is small beside the stream. Ours; see `spend` for the sum.
+    as much where that output is small beside the stream, and does worse than the same share for all. Ours.
+
+    On a Qwen3-MoE of 16 M parameters (joint_obs and a refit; 168 rows) the mean KL to the original is 0.0663, 0.0114
+    and 0.0019 with 25, 50 and 75 % of the neurons, against 0.0662, 0.0122 and 0.0020 with equal shares, and the loss
+    grows by 0.101, 0.024 and 0.005 against 0.100, 0.020 and 0.004: its layers deserve nearly the same.
 
     Args:
         costs_of_layer: What removals of neurons add to the mean squared error of a token, one after another, (P,) a
@@ -56,6 +60,10 @@ def allocate_by_fisher_curve(
     loss by that output (the empirical Fisher information). Where errors do not know of the gradients, and gradients
     are alike in all directions, that is in proportion to sum |gamma|^2 times the mean |d|^2. Needs a backward pass.
     HEAPr (Li et al., 2026, https://arxiv.org/abs/2509.22299) weighs single neurons so; this for layers is ours.
+
+    Measured as for `removal_curve`: a KL of 0.0653, 0.0110 and 0.0018, and a loss that grows by 0.098, 0.023 and
+    0.004. So it stays closest to the original in all three, and its loss is not less than with equal shares. With
+    targets "original_stream" it was 0.094, 0.022 and 0.005 against 0.094, 0.024 and 0.005.
 
     Args:
         costs_of_layer: As for `removal_curve`.
