@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from test_layer_fit import fit, reports
+from transformers import AutoModelForCausalLM
 
 from hf_mcsmoe import Recipe, calibrate_moe, compress_moe, neuron_allocation, plan
 from hf_mcsmoe.calibration import load_calibration
@@ -166,6 +167,20 @@ def test_nothing_is_measured_where_all_neurons_stay(original, padded, monkeypatc
     model = fit(original("qwen3_moe"), padded, keep=1.0, allocation="removal_curve", **OURS)
     assert neurons_of(model) == [NEURONS] * 3
     assert all(torch.equal(model.get_parameter(name), t) for name, t in before.items() if "down_proj" in name)
+
+
+def test_a_layer_may_keep_all_its_neurons_and_the_result_loads(original, padded, tmp_path):
+    model = original("qwen3_moe")
+    layer = find_layers(model)[1]
+    layer.experts.down_proj.data *= 100
+    recipe = Recipe(keep=0.6, allocation="removal_curve", **OURS)
+    expected = plan(model, recipe).expert_parameters_after
+    compress_moe(model, recipe, calibration=padded, output_dir=tmp_path / "out", progress=False)
+    kept = neurons_of(model)
+    assert kept[1] == NEURONS and sum(kept) == 3 * int(0.6 * NEURONS + 0.5)
+    assert sum(report.parameters_after for report in reports(model)) == expected
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(**padded).logits, model(**padded).logits)
 
 
 @pytest.mark.parametrize(("changes", "times"), [({}, 3), (CORRECTED, 6), ({"selection": "gated_obs"}, 3)])

@@ -69,7 +69,7 @@ def removal_curve(layer: MoeLayer, recipe: Recipe, collected: Collected, least: 
         saliency = torch.empty(len(order), dtype=torch.float64)
         saliency[order] = torch.arange(len(order), dtype=torch.float64)
     else:
-        saliency = saliency_by_gated_obs(experts, grams=grams).double().cpu()
+        saliency = saliency_by_gated_obs(experts, grams=grams).cpu().double()
         order = saliency.argsort(stable=True)
         free = order[is_above(experts.expert_of_neuron.cpu()[order], budget[1])][: experts.num_neurons - least]
         costs = saliency[free] if any(gram.any() for gram in grams) else torch.zeros(len(free))
