@@ -1,5 +1,6 @@
 """Experts that are not stacks of dense matrices: a low rank plus kept rows, and neurons packed one after another."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +145,13 @@ class PackedExperts:
         offsets = torch.arange(num_experts + 1, device=weights.up.device) * width
         down = weights.down.transpose(1, 2).flatten(0, 1)
         return cls(offsets=offsets, down=down, down_bias=weights.down_bias, **packed)
+
+    @classmethod
+    def from_experts(cls, experts: Sequence[ExpertWeights]) -> "PackedExperts":
+        """Copies of experts of any widths, each given alone, with a leading axis of 1."""
+        widths = torch.tensor([0, *(expert.width for expert in experts)], device=experts[0].up.device)
+        packed = [cls.from_dense(expert).tensors() for expert in experts]
+        return cls(offsets=widths.cumsum(0), **{name: torch.cat([one[name] for one in packed]) for name in packed[0]})
 
     @property
     def num_experts(self) -> int:

@@ -181,9 +181,9 @@ def fit_layer(
     layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, statistics: LayerStatistics
 ) -> FittedExperts:
     """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
-    experts = as_float32(layer.family.view(layer, merged.parameters))
+    experts = merged.unions or as_float32(layer.family.view(layer, merged.parameters))
     budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
-    supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
+    supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.experts_kept}
     if tokens is None:
         return fit_experts(experts, layer.family.activation(layer), recipe, budget, [], [], supply)
     return fit_experts(
