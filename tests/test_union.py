@@ -185,8 +185,6 @@ def test_statistics_of_neurons_are_those_of_the_expert_that_they_come_from(origi
     down = {layer.name: layer.experts.down_proj.detach().clone() for layer in find_layers(model)}
     data = {"alpha": 0.0}
     result = compressed(model, tokens, **recipe, selection_options=data)
-    every = compressed(original("qwen3_moe"), tokens, keep=1.0, keep_experts=1.0, **recipe, saliency="usage_frequency")
-    assert all(entry.relative_error == 0 for entry in reports(every))
     for entry in reports(result):
         experts, inner = result.get_submodule(entry.layer), before[entry.layer]
         width = inner.shape[1] // 2

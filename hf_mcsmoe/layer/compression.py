@@ -246,7 +246,9 @@ def install(
     `is_cut` tells that the router has M rows already, and that the module holds M experts.
     """
     routing, parameters = merged.routing, merged.parameters
-    if fitted is not None and routing.slot_map is not None and not is_full(layer, fitted.experts):
+    # Unions are planned as experts of different widths, also where a selection happens to leave all with one.
+    is_ragged = fitted is not None and (merged.unions is not None or not is_full(layer, fitted.experts))
+    if is_ragged and routing.slot_map is not None:
         install_ragged(layer, fitted.experts, routing.slot_map, layout)
         return
     if fitted is not None:
