@@ -246,9 +246,7 @@ def install(
     `is_cut` tells that the router has M rows already, and that the module holds M experts.
     """
     routing, parameters = merged.routing, merged.parameters
-    # Unions are planned as experts of different widths, also where a selection happens to leave all with one.
-    is_ragged = fitted is not None and (merged.unions is not None or not is_full(layer, fitted.experts))
-    if is_ragged and routing.slot_map is not None:
+    if fitted is not None and routing.slot_map is not None and is_ragged(layer, merged, fitted.experts):
         install_ragged(layer, fitted.experts, routing.slot_map, layout)
         return
     if fitted is not None:
@@ -266,9 +264,9 @@ def install(
         install_native(layer, parameters, routing.rows, merged.groups.group_of_expert)
 
 
-def is_full(layer: MoeLayer, experts: PackedExperts) -> bool:
-    """Whether every expert has all the neurons that the original's have."""
-    return bool((experts.widths == layer.intermediate_size).all())
+def is_ragged(layer: MoeLayer, merged: MergedLayer, experts: PackedExperts) -> bool:
+    """Whether experts are stored as of different widths: unions always are, so that what is planned is what comes."""
+    return merged.unions is not None or bool((experts.widths != layer.intermediate_size).any())
 
 
 def follow(layer: MoeLayer, first: MoeLayer, report: LayerReport, layout: dict[str, Any], recipe: Recipe) -> None:
