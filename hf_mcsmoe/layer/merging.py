@@ -164,12 +164,13 @@ def unite_groups(
     weights: ExpertWeights, groups: ExpertGroups, recipe: Recipe, importance: Tensor, supply: Supply
 ) -> PackedExperts:
     """The M experts of a recipe that unites, each as wide as its members together, float32."""
-    unions = []
-    for group in range(groups.num_groups):
+
+    def union(group: int) -> ExpertWeights:
         members = groups.members(group)
-        of_group = {"members": lambda members=members: members, "order": lambda: None}
-        unions.append(ExpertWeights(**merge_group(weights, members, None, recipe, importance, {**supply, **of_group})))
-    return PackedExperts.from_experts(unions)
+        how = {**supply, "members": lambda: members, "order": lambda: None}
+        return ExpertWeights(**merge_group(weights, members, None, recipe, importance, how))
+
+    return PackedExperts.from_experts(union(group) for group in range(groups.num_groups))
 
 
 def merge_group(
