@@ -24,7 +24,7 @@ from hf_mcsmoe.executors.in_memory import Collected
 from hf_mcsmoe.expert_values import PackedExperts
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.layer import fit as layer_fit
-from hf_mcsmoe.layer.fit import fit_experts, relative_output_error
+from hf_mcsmoe.layer.fit import fit_experts
 from hf_mcsmoe.layer.merging import MergedLayer, unite_groups
 from hf_mcsmoe.layer.parts import in_parts
 from hf_mcsmoe.layer.router import cut_router
@@ -33,7 +33,6 @@ from hf_mcsmoe.observation.layer_inputs import LayerInputs
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.publishing import read_report
 from hf_mcsmoe.recipe_reading import recipe_from_preset
-from hf_mcsmoe.router_access import find_rows, write_rows
 from hf_mcsmoe.types import ExpertGroups, Routing
 
 UNION = {"merging": "union", "selection": "gated_obs", "refit": "least_squares"}
@@ -66,6 +65,11 @@ def unions_of(weights, groups=GROUPS, importance=IMPORTANCE):
 def assignment_of(groups):
     """(N, M): 1 where an expert is a member."""
     return (groups.group_of_expert[:, None] == torch.arange(groups.num_groups)).float()
+
+
+def error_of(experts, batch):
+    """Squared error of experts for the targets of a batch."""
+    return (apply_down(experts, activation, batch) - batch.targets).square().sum().item()
 
 
 def slow_shares(groups, importance):
@@ -170,7 +174,7 @@ def test_where_members_are_good_for_different_things_a_union_beats_the_average(s
     averaged = merged(weights, groups, importance, merging="weighted_average", alignment="weight_matching")
     plain = Recipe(layout=layout, refit="least_squares")
     averaged = fit_experts(PackedExperts.from_dense(averaged), activation, plain, 3 * WIDTH, [batch], [])
-    errors = [relative_output_error(x.experts, activation, [batch]) for x in (united, averaged)]
+    errors = [error_of(x.experts, batch) for x in (united, averaged)]
     assert errors[0] < errors[1], errors
     if layout == "native":
         assert united.experts.widths.tolist() == [WIDTH] * 3
@@ -232,7 +236,7 @@ def test_very_wide_experts_are_judged_and_fitted_in_parts(monkeypatch):
     whole, parts = fitted
     assert torch.equal(whole.experts.up, parts.experts.up)  # energies of single neurons know nothing of parts
     assert_close(parts.experts.down, whole.experts.down, rtol=0.05, atol=0.05)  # but the ridge of a part is its own
-    errors = [relative_output_error(one.experts, activation, [batch]) for one in (parts, whole)]
+    errors = [error_of(one.experts, batch) for one in (parts, whole)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
@@ -357,17 +361,12 @@ def test_router_rules_are_judged_by_the_unions_not_by_what_the_module_holds(orig
     merged_layer = MergedLayer(groups, Routing(rows=groups.dominant_of_group), stacked, unions=unions)
     assert merged_layer.experts_kept.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     recipe = Recipe(layout="native", router="log_sum_exp", **UNION)
-    act, found = layer.family.activation(layer), {}
-    monkeypatch.setattr(
-        "hf_mcsmoe.layer.router.relative_error", lambda *_: pytest.fail("the module holds dominant experts only")
-    )
+    act = layer.family.activation(layer)
+    monkeypatch.setattr("hf_mcsmoe.layer.router.routed_output", lambda *_, **__: pytest.fail("dominant experts only"))
     wanted = [torch.ones(30, layer.hidden_size)]
     errors = cut_router(layer, recipe, merged_layer, Collected(None, inputs, inputs), wanted)
-    place = find_rows(layer, 4)
-    rows = layer.router.weight.detach().clone()
     index, gates = layer.family.route(layer, (hidden,), {})
     dense = torch.zeros(30, 4).scatter_add(1, index, gates)
     output = apply_down(unions, act, RoutedTokens(hidden, dense, None))
     found = ((output - wanted[0]).square().sum() / wanted[0].square().sum()).item()
     assert (errors.rule if errors.is_kept else errors.dominant_rows) == pytest.approx(found, rel=1e-5)
-    write_rows(layer, place, rows)

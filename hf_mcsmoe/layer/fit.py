@@ -13,18 +13,17 @@ from torch import Tensor
 from ..expert_values import PackedExperts
 from ..observation.gated_features import (
     Activation,
-    FeatureSums,
     RoutedTokens,
     add_outputs,
-    apply_down,
     dense_gates,
     in_chunks,
     output_of_biases,
     sum_expert_grams,
     sum_features,
 )
+from ..observation.held_out_error import HeldOutError
 from ..observation.kept_features import KeptFeatures
-from ..observation.layer_inputs import LayerInputs, choice, relative_error
+from ..observation.layer_inputs import LayerInputs, choice
 from ..recipe import Recipe
 from ..refit import REFIT
 from ..selection import SELECTION
@@ -56,7 +55,7 @@ def with_answers(features: KeptFeatures) -> list[RoutedTokens]:
     for chunk, found in zip(in_chunks(batches), features, strict=True):
         output = output_of_biases(experts, chunk.gates.to(device))
         output = torch.zeros(chunk.hidden_states.shape, device=device) if output is None else output
-        outputs.append(add_outputs(experts, found, output))
+        outputs.append(add_outputs(experts.down, experts.offsets.tolist(), found, output))
     targets = torch.cat(outputs).split([len(batch.gates) for batch in batches]) if outputs else ()
     return [dataclasses.replace(b, targets=answer) for b, answer in zip(batches, targets, strict=True)]
 
@@ -177,32 +176,17 @@ def refit_down(
     Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`, which takes the first of the
     option `ridges`. `features` are those of `experts` on `tokens`, where they are at hand.
     """
+    judge = HeldOutError(experts, activation, held_out) if held_out else None
     if experts.num_neurons > MOST_JOINT_NEURONS:
         ridge = recipe.refit_options.get("ridges", (RIDGE,))[0]
         parts, seen = in_parts(experts, tokens)
-        fitted = dataclasses.replace(experts, down=refit_by_passes(parts, activation, seen, ridge).float())
-        before, after = (relative_output_error(one, activation, held_out) for one in (experts, fitted))
+        best = refit_by_passes(parts, activation, seen, ridge)
     else:
         sums = sum_features(experts, activation, tokens, features)
-        others = sum_features(experts, activation, held_out) if held_out else None
         down = experts.down.to(sums.gram.dtype)
-        best = REFIT[recipe.refit](sums, others, experts.offsets.tolist(), down, **recipe.refit_options)
-        fitted = dataclasses.replace(experts, down=best.float())
-        before, after = (relative(others, candidate) for candidate in (down, best))
+        best = REFIT[recipe.refit](sums, judge, experts.offsets.tolist(), down, **recipe.refit_options)
+    fitted = dataclasses.replace(experts, down=best.float())
+    before, after = (judge.relative(one.down) if judge else None for one in (experts, fitted))
     if before is not None and after >= before:
         return FittedExperts(experts, before, after, False)
     return FittedExperts(fitted, before, after, True)
-
-
-@torch.no_grad()
-def relative_output_error(experts: PackedExperts, activation: Activation, tokens: list[RoutedTokens]) -> float | None:
-    """Squared error over energy of the targets, token by token; None without tokens or where all targets are zero."""
-    targets = [batch.targets for batch in tokens]
-    return relative_error(targets, [apply_down(experts, activation, batch) for batch in tokens])
-
-
-def relative(sums: FeatureSums | None, down: Tensor) -> float | None:
-    """Squared error over energy of the targets; None without tokens or where the targets are all zero."""
-    if sums is None or sums.energy <= 0:
-        return None
-    return max(0.0, sums.error(down)) / sums.energy

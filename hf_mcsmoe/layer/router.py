@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..executors.in_memory import Collected
 from ..modeling.experts import install_native
+from ..observation.kept_features import KeptFeatures
 from ..observation.layer_inputs import relative_error, routed_output
 from ..recipe import Recipe
 from ..router_access import find_rows, read_rows, router_inputs, write_rows
 from ..router_rows import ROUTER_ROWS
 from ..types import ExpertGroups, MoeLayer
-from .fit import relative_output_error, routed_tokens
+from .fit import routed_tokens, with_answers
 from .merging import MergedLayer
 
 
@@ -74,7 +75,8 @@ def error_of_rows(layer: MoeLayer, merged: MergedLayer, collected: Collected, be
         return relative_error(before, routed_output(layer, collected.held_out, reroute=True))
     # The module holds the dominant experts alone.
     tokens = routed_tokens(layer, collected.held_out, torch.eye(merged.groups.num_groups), before, reroute=True)
-    return relative_output_error(merged.unions, layer.family.activation(layer), tokens)
+    answers = with_answers(KeptFeatures(merged.unions, layer.family.activation(layer), tokens))
+    return relative_error(before, [batch.targets for batch in answers])
 
 
 def membership(groups: ExpertGroups) -> Tensor:
