@@ -1,10 +1,13 @@
 """Unions of neurons in place of averaged experts: against sums written out, and what a budget means for them."""
 
+import math
+
 import pytest
 import torch
 from checkpoints import same_tensors, texts
 from fit_layers import activation, packed_experts, routed, slow_outputs, with_targets_of
 from fit_layers import random_gates as gates_of
+from method_models import MODELS, method_model, seen_by_layers
 from test_layer_compression import (
     FORMATS,
     GROUPS,
@@ -20,11 +23,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hf_mcsmoe import Recipe, calibrate_moe, compress_moe, export_checkpoint
+from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.executors.in_memory import Collected
 from hf_mcsmoe.expert_values import PackedExperts
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.layer import fit as layer_fit
-from hf_mcsmoe.layer.fit import fit_experts
+from hf_mcsmoe.layer.fit import LEAST_SHARE, fit_experts
 from hf_mcsmoe.layer.merging import MergedLayer, unite_groups
 from hf_mcsmoe.layer.parts import in_parts
 from hf_mcsmoe.layer.router import cut_router
@@ -182,30 +186,35 @@ def test_where_members_are_good_for_different_things_a_union_beats_the_average(s
     assert all((united.experts.down != 0).any(1))
 
 
-def test_statistics_of_neurons_are_those_of_the_expert_that_they_come_from(original, tokens):
-    recipe = {"selection": "micro_expert_energy", "refit": None}
-    model = original("qwen3_moe")
-    before = {layer.name: layer.experts.gate_up_proj.detach().clone() for layer in find_layers(model)}
-    down = {layer.name: layer.experts.down_proj.detach().clone() for layer in find_layers(model)}
-    data = {"alpha": 0.0}
-    result = compressed(model, tokens, **recipe, selection_options=data)
-    for entry in reports(result):
-        experts, inner = result.get_submodule(entry.layer), before[entry.layer]
-        width = inner.shape[1] // 2
-        rows = {tuple(row): (e, a) for e in range(len(inner)) for a, row in enumerate(inner[e, width:].tolist())}
-        start = 0
-        for group, kept in enumerate(entry.widths):
-            members = [e for e, label in enumerate(entry.group_of_expert) if label == group]
-            shares = slow_shares(
-                ExpertGroups(torch.tensor(entry.group_of_expert), torch.tensor(entry.dominant_of_group)),
-                torch.tensor(entry.usage_frequency),
-            )
-            for place in range(start, start + kept):
-                expert, neuron = rows[tuple(experts.up[place].tolist())]
-                assert expert in members
-                assert_close(experts.gate[place], inner[expert, neuron])
-                assert_close(experts.down[place], shares[expert] * down[entry.layer][expert, :, neuron])
-            start += kept
+@pytest.mark.parametrize("name", MODELS)
+def test_selections_by_statistics_take_those_of_the_member_that_a_neuron_is_from(name, tokens):
+    """Energies sum over the tokens of that member of (g_t a(x_t))^2 |share down|^2."""
+    model = method_model(name)
+    seen = seen_by_layers(model, tokens)
+    how = {"selection": "micro_expert_energy", "selection_options": {"alpha": 0.0}, "refit": None}
+    compressed(model, load_calibration(tokens, held_out_fraction=0), **how)
+    for of_layer, entry in zip(seen, reports(model), strict=True):
+        groups = ExpertGroups(torch.tensor(entry.group_of_expert), torch.tensor(entry.dominant_of_group))
+        shares, rows, place, least = slow_shares(groups, torch.tensor(of_layer.counts())), [], 0, []
+        for group in range(groups.num_groups):
+            of_group = []
+            for expert in groups.members(group).tolist():
+                gates = torch.where(of_layer.index == expert, of_layer.gates, 0.0).sum(1)
+                energy = (gates[:, None] * of_layer.activations(expert)).square().sum(0)
+                columns = shares[expert] * of_layer.weights.down[expert].T
+                saliency = energy * columns.square().sum(1)
+                of_group += [(saliency[a].item(), place + a, expert, a) for a in range(len(energy))]
+                place += len(energy)
+            of_group.sort(key=lambda row: (-row[0], row[1]))
+            number = math.floor(LEAST_SHARE * sum(entry.widths) / groups.num_groups)
+            least, rows = least + of_group[:number], rows + of_group[number:]
+        rows.sort(key=lambda row: (-row[0], row[1]))
+        kept = sorted(least + rows[: sum(entry.widths) - len(least)], key=lambda row: row[1])
+        module = model.get_submodule(entry.layer)
+        for neuron, (_, _, expert, a) in enumerate(kept):
+            assert torch.equal(module.up[neuron].double(), of_layer.weights.up[expert, a])
+            assert torch.equal(module.gate[neuron].double(), of_layer.weights.gate[expert, a])
+            assert_close(module.down[neuron].double(), shares[expert] * of_layer.weights.down[expert, :, a])
 
 
 # --- very wide experts
@@ -227,12 +236,15 @@ def test_very_wide_experts_are_judged_and_fitted_in_parts(monkeypatch):
     batch = with_targets_of(packed_experts(FORMATS["gated-bias"], (12, 4, 9), seed=4), routed(300, 3), noise=0.1)
     recipe = Recipe(selection="gated_energy", refit="least_squares", refit_options={"ridges": (1e-3,)})
     monkeypatch.setattr(layer_fit, "MOST_JOINT_NEURONS", 0)
-    of, widest, fitted = layer_fit.grams_of, [], []
+    of, solve = layer_fit.grams_of, layer_fit.refit_by_passes
+    widest, solved, fitted = [], [], []
     for most in (100, 4):
         monkeypatch.setattr(layer_fit, "in_parts", lambda e, b, most=most: in_parts(e, b, most))
         monkeypatch.setattr(layer_fit, "grams_of", lambda features: widest.append(of(features)) or widest[-1])
+        monkeypatch.setattr(layer_fit, "refit_by_passes", lambda e, *a: solved.append(max(e.widths)) or solve(e, *a))
         fitted.append(fit_experts(experts, activation, recipe, 14, [batch], []))
     assert [max(len(gram) for gram in grams) for grams in widest] == [12, 4]
+    assert solved[0] > solved[1] and solved[1] <= 4
     whole, parts = fitted
     assert torch.equal(whole.experts.up, parts.experts.up)  # energies of single neurons know nothing of parts
     assert_close(parts.experts.down, whole.experts.down, rtol=0.05, atol=0.05)  # but the ridge of a part is its own
@@ -261,6 +273,8 @@ def test_keep_is_the_share_of_the_neurons_and_of_the_experts(changes, experts, n
     recipe = Recipe(**UNION, **changes)
     assert recipe.experts_per_layer(8) == experts
     assert recipe.neurons_per_layer(8, 16, experts) == neurons
+    if recipe.layout == "native" and recipe.keep_experts is None:
+        assert recipe.neurons_per_layer(8, 768, experts) == experts * 768  # though 0.45 of 8 are less than 4 experts
 
 
 @pytest.mark.parametrize(
