@@ -14,6 +14,7 @@ from ..fitting import activation_bytes
 from ..layer.fit import MOST_JOINT_NEURONS
 from ..layer.parts import MOST_NEURONS
 from ..recipe import Recipe
+from ..selection import SELECTION
 from ..sizes import expert_size
 from ..types import MoeLayer
 from .workload import Workload
@@ -77,6 +78,12 @@ def widths_to_select(layer: MoeLayer, recipe: Recipe, num_experts: int) -> tuple
     return width, width / math.ceil(width / MOST_NEURONS)
 
 
+def is_judged_jointly(recipe: Recipe, num_neurons: float) -> bool:
+    """Whether the selection of a recipe, if any, reads products of neurons of different experts."""
+    asks = recipe.selection is not None and "sums" in SELECTION.asks_for(recipe.selection)
+    return asks and num_neurons <= MOST_JOINT_NEURONS
+
+
 def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Workload) -> int:
     """Of compressing one layer: the new experts; where it is fitted all experts in float32, outputs and Grams."""
     size = expert_size(layer)
@@ -92,6 +99,8 @@ def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Wo
     if united > width:
         total += 4 * slots * size.matrix_entries  # all neurons once more, under the gates of the groups
     grams = int(8 * num_experts * united * part) if recipe.selection is not None and share < 1 else 0
+    if share < 1 and is_judged_jointly(recipe, num_experts * united):
+        grams += int(24 * (num_experts * united) ** 2 + 24 * num_experts * united * hidden)
     fitted = 4 * neurons * (size.matrix_entries // width)
     if recipe.refit is not None:
         joint = 8 * (4 * neurons**2 + 4 * neurons * hidden)

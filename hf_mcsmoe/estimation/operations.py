@@ -19,7 +19,7 @@ from ..refit.least_squares import RIDGES
 from ..sizes import expert_size
 from ..statistics import STATISTICS
 from ..types import MoeLayer
-from .memory import PER_NEURON, widths_to_select
+from .memory import PER_NEURON, is_judged_jointly, widths_to_select
 from .workload import Workload
 
 CONJUGATE_STEPS = 12  # of `refit_by_passes` until it stops, typically
@@ -137,6 +137,21 @@ def step_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Wor
     return total
 
 
+def joint_operations(before: int, after: int, hidden: int, reached: float, tokens: int) -> Operations:
+    """Of judging the neurons of all experts together: their sums, the inverse, and its updates until `after` stay.
+
+    Args:
+        before: P, neurons.
+        after: Those that stay.
+        hidden: D.
+        reached: Neurons that a token reaches.
+        tokens: T.
+    """
+    sums = tokens * (reached**2 + 2 * reached * hidden)
+    updates = 2 * (before**3 - after**3) / 3 + hidden * (before**2 - after**2)
+    return Operations(float32=sums, float64=before**3 + 4 * before**2 * hidden + updates)
+
+
 def fit_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, tokens: int, held_out: int) -> Operations:
     """Of what is fitted on kept tokens: outputs, Grams of neurons, the order of removal, least squares."""
     original, hidden, chosen = layer.intermediate_size, layer.hidden_size, min(layer.top_k, num_experts)
@@ -150,6 +165,8 @@ def fit_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, tokens: in
         features = 2 * tokens * chosen * width * (inner + part)
         removal = num_experts * width * (ELIMINATION * part**2 + part * hidden)
         total += Operations(float32=features, float64=removal)
+        if is_judged_jointly(recipe, num_experts * width):
+            total += joint_operations(int(num_experts * width), neurons, hidden, chosen * width, tokens)
     if recipe.refit is None:
         return total
     kept = chosen * width * share  # neurons that a token reaches
