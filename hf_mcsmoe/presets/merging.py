@@ -92,7 +92,7 @@ PRESETS = {
         "their gates, the Optimal Brain Surgeon takes those that the layer's output needs least, and one ridge "
         "regression fits all down projections of a layer to its original output. The budget is shared by all groups "
         "of a layer, which end up with different widths; layout='native' makes them as wide as the experts were, a "
-        "plain model.",
+        "plain model. More and smaller groups of the same neurons (keep_experts above keep) lose less.",
         recipe={"alignment": None, "merging": "union", "selection": "joint_obs", "refit": "least_squares"},
     ),
     "dern": Preset(
