@@ -32,6 +32,7 @@ from hf_mcsmoe.layer.fit import LEAST_SHARE, fit_experts
 from hf_mcsmoe.layer.merging import MergedLayer, unite_groups
 from hf_mcsmoe.layer.parts import in_parts
 from hf_mcsmoe.layer.router import cut_router
+from hf_mcsmoe.modeling.densify import densify
 from hf_mcsmoe.observation.gated_features import RoutedTokens, apply_down
 from hf_mcsmoe.observation.layer_inputs import LayerInputs
 from hf_mcsmoe.presets import PRESETS
@@ -320,8 +321,13 @@ def test_mapped_experts_become_wider_than_they_were(model_type, keep_experts, or
         assert sum(entry.widths) == 4 * width and max(entry.widths) > width
         assert len(set(entry.group_of_expert)) == entry.num_experts_after
     result.save_pretrained(tmp_path / "mapped")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "mapped")
-    assert torch.equal(logits(again, prompt), logits(result, prompt))
+    again, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "mapped"), logits(result, prompt)
+    assert torch.equal(logits(again, prompt), expected)
+    densify(again)  # as wide as the widest
+    assert_close(logits(again, prompt), expected, rtol=1e-4, atol=1e-5)
+    again.save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(dense, prompt), logits(again, prompt))
 
 
 def test_the_native_result_is_a_plain_model_as_wide_as_before(original, tokens, prompt, tmp_path):
