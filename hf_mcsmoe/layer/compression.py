@@ -77,8 +77,7 @@ def compress_layer(
         install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
     if constants is not None:
         fill_constants(layer.experts, constants)
-    reroute = merged.routing.rows is not None or trains_router(layer, recipe)
-    after = routed_output(layer, collected.held_out, reroute=reroute)
+    after = routed_output(layer, held_out, reroute=merged.routing.rows is not None or trains_router(layer, recipe))
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
     gone = num_experts * layer.intermediate_size - sum(widths)
     report = LayerReport(
