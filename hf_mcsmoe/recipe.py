@@ -70,15 +70,17 @@ class Recipe(LayerBudget):
         similarity: How alike experts are; None where the grouping does not ask.
         grouping: Which experts become one.
         alignment: Neuron order before merging; None leaves neurons as they are.
-        merging: How the members of a group become one matrix; None keeps the dominant expert (pruning).
+        merging: How the members of a group become one matrix; None keeps the dominant expert (pruning); "union"
+            keeps the neurons of all members, for `selection` to choose among.
         importance: Score that weighs the members in the merge.
         constants: The vector that the slot of a dropped expert adds, times its gate, in the mapped layout; None adds
             nothing.
         selection: Saliency of single neurons, of which the least salient go; None keeps experts whole. In the
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
-            keeps all experts. With a ranked decomposition the share that stays, whose ranks take the rest of `keep`;
-            None takes the root of `keep`.
+            keeps all experts, or with merging="union" the share `keep`, about as wide as they were (below `keep` they
+            become wider, in the mapped layout). With a ranked decomposition the share that stays, whose ranks take
+            the rest of `keep`; None takes the root of `keep`.
         shared_base: What all experts of a layer share, of which each keeps a small part of its own; all experts and
             the router stay, in the mapped layout. None stores experts one by one.
         router: What the rows of a router that is cut become, in the native layout; None, or a rule that does not lower
@@ -194,7 +196,8 @@ class Recipe(LayerBudget):
                 f"protect is {self.protect!r}, but grouping {self.grouping!r} judges all experts of a layer together. "
                 "Use protect=None or another grouping."
             )
-        if self.keep_experts is not None and self.selection is not None and self.allocation != "uniform":
+        is_count = self.keep_experts is not None and self.selection is not None
+        if is_count and self.allocation != "uniform" and not self.unites:
             raise ValueError(
                 f"allocation is {self.allocation!r}, but with keep_experts all layers keep the same number of "
                 "neurons, which some could not hold. Use allocation='uniform', or leave keep_experts out."
@@ -214,6 +217,7 @@ class Recipe(LayerBudget):
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
             )
         check_targets(self)
+        self._check_union()
         self._check_results()
 
     def _check_results(self) -> None:

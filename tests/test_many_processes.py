@@ -33,6 +33,7 @@ CASES = {
     "experts with biases": ("gpt_oss", "m-smoe", {"layout": "native", "refit": "least_squares"}),
     "layer after layer": ("qwen3_moe", "m-smoe", {"sequential": True, "refit": "least_squares"}),
     "the original stream": ("qwen3_moe", "joint-obs-corrected", {}),
+    "unions of neurons": ("qwen3_moe", "m-smoe-union", {}),
     "factors": ("olmoe", "mc-smoe", {}),
     "a shared base": ("qwen3_moe", "resmoe", {}),
     "a trained router": ("qwen3_moe", "m-smoe", {"matching": "adam", "matching_options": {"router": True}}),

@@ -77,8 +77,7 @@ def compress_layer(
         install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
     if constants is not None:
         fill_constants(layer.experts, constants)
-    reroute = merged.routing.rows is not None or trains_router(layer, recipe)
-    after = routed_output(layer, collected.held_out, reroute=reroute)
+    after = routed_output(layer, held_out, reroute=merged.routing.rows is not None or trains_router(layer, recipe))
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
     gone = num_experts * layer.intermediate_size - sum(widths)
     report = LayerReport(
@@ -182,9 +181,9 @@ def fit_layer(
     layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, statistics: LayerStatistics
 ) -> FittedExperts:
     """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
-    experts = as_float32(layer.family.view(layer, merged.parameters))
+    experts = merged.unions or as_float32(layer.family.view(layer, merged.parameters))
     budget = recipe.neurons_per_layer(layer.num_slots, layer.intermediate_size, experts.num_experts)
-    supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
+    supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.experts_kept}
     if tokens is None:
         return fit_experts(experts, layer.family.activation(layer), recipe, budget, [], [], supply)
     return fit_experts(
@@ -247,7 +246,7 @@ def install(
     `is_cut` tells that the router has M rows already, and that the module holds M experts.
     """
     routing, parameters = merged.routing, merged.parameters
-    if fitted is not None and routing.slot_map is not None and not is_full(layer, fitted.experts):
+    if fitted is not None and routing.slot_map is not None and is_ragged(layer, merged, fitted.experts):
         install_ragged(layer, fitted.experts, routing.slot_map, layout)
         return
     if fitted is not None:
@@ -265,9 +264,9 @@ def install(
         install_native(layer, parameters, routing.rows, merged.groups.group_of_expert)
 
 
-def is_full(layer: MoeLayer, experts: PackedExperts) -> bool:
-    """Whether every expert has all the neurons that the original's have."""
-    return bool((experts.widths == layer.intermediate_size).all())
+def is_ragged(layer: MoeLayer, merged: MergedLayer, experts: PackedExperts) -> bool:
+    """Whether experts are stored as of different widths: unions always are, so that what is planned is what comes."""
+    return merged.unions is not None or bool((experts.widths != layer.intermediate_size).any())
 
 
 def follow(layer: MoeLayer, first: MoeLayer, report: LayerReport, layout: dict[str, Any], recipe: Recipe) -> None:
