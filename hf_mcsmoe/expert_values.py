@@ -1,5 +1,6 @@
 """Experts that are not stacks of dense matrices: a low rank plus kept rows, and neurons packed one after another."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +145,15 @@ class PackedExperts:
         offsets = torch.arange(num_experts + 1, device=weights.up.device) * width
         down = weights.down.transpose(1, 2).flatten(0, 1)
         return cls(offsets=offsets, down=down, down_bias=weights.down_bias, **packed)
+
+    @classmethod
+    def from_experts(cls, experts: Iterable[ExpertWeights]) -> "PackedExperts":
+        """Copies of experts of any widths, each given alone, with a leading axis of 1."""
+        packed = [cls.from_dense(expert).tensors() for expert in experts]
+        widths = torch.tensor([0, *(len(one["up"]) for one in packed)], device=packed[0]["up"].device)
+        # Field by field, so that what was joined can go.
+        fields = {name: torch.cat([one.pop(name) for one in packed]) for name in tuple(packed[0])}
+        return cls(offsets=widths.cumsum(0), **fields)
 
     @property
     def num_experts(self) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 from .allocation import ALLOCATION
 from .decomposition import DECOMPOSITION
+from .grouping import GROUPING
+from .merging import MERGING
 
 ALIGNED_NEURONS = 8  # 16 bytes in 16-bit dtypes
 FIT = "fit"  # in place of a share: the largest that fits a memory
@@ -40,6 +42,9 @@ class LayerBudget:
     rows: int | None
     layout: str
     allocation: str
+    grouping: str
+    alignment: str | None
+    merging: str | None
     selection: str | None
     keep_experts: float | None
     shared_base: str | None
@@ -98,8 +103,16 @@ class LayerBudget:
             )
         if self.keep_experts is None:
             return
-        least = 0 if self.keep == FIT else self.keep
-        if not (is_number(self.keep_experts, float | int) and least <= self.keep_experts <= 1):
+        # Unions of neurons may be wider than experts were, but the configuration of a plain model has one width.
+        widens = self.unites and self.layout == "mapped"
+        least = 0 if self.keep == FIT or widens else self.keep
+        is_share = is_number(self.keep_experts, float | int) and 0 < self.keep_experts <= 1
+        if widens and not is_share:
+            raise ValueError(
+                f"keep_experts is {self.keep_experts!r}, it must be in (0, 1]: the share of the experts that stays. "
+                "Leave it out for keep."
+            )
+        if not is_share or self.keep_experts < least:
             raise ValueError(
                 f"keep_experts is {self.keep_experts!r}, it must be in [keep, 1] = [{self.keep}, 1]: the experts that "
                 "stay are narrowed to the share keep of all neurons."
@@ -111,17 +124,37 @@ class LayerBudget:
                 f"allocation is {self.allocation!r}, which shares neurons among layers, but selection is None. "
                 "Name a selection, such as 'joint_obs', or use another allocation."
             )
+        if self.allots_neurons and self.unites:
+            raise ValueError(
+                f"allocation is {self.allocation!r}, which measures the original experts, but merging "
+                f"{self.merging!r} makes others of their neurons. Leave one of them out."
+            )
 
     @property
     def allots_neurons(self) -> bool:
         """Whether layers keep different shares of their neurons, as the allocation finds."""
         return ALLOCATION.trait(self.allocation, "allots", "experts") == "neurons"
 
+    def _check_union(self) -> None:
+        """Refuse unions of neurons that nothing would cut to the budget, or of groups that have one member each."""
+        if not self.unites or self.keep == 1:
+            return
+        if self.selection is None:
+            raise ValueError(
+                f"merging {self.merging!r} keeps the neurons of all members and selection is None, so nothing would "
+                "be saved. Use selection='joint_obs'."
+            )
+        if GROUPING.trait(self.grouping, "drops", False):
+            raise ValueError(
+                f"merging is {self.merging!r}, but grouping {self.grouping!r} drops experts, so no group has neurons "
+                "to unite. Use grouping='dominant_experts', or merging=None."
+            )
+
     def experts_per_layer(self, num_experts: int) -> int:
         """Average number of experts that a layer of `num_experts` keeps.
 
         `keep`, or with `selection` `keep_experts`, is rounded half up; the result is at least 1. With
-        `shared_base` all stay.
+        `shared_base` all stay. Without `keep_experts`, a selection keeps all, one from unions the share `keep`.
         """
         if self.num_experts is not None:
             return self.num_experts
@@ -130,7 +163,8 @@ class LayerBudget:
         if self.is_ranked:
             share = self.keep_experts or math.sqrt(self.keep)
         else:
-            share = self.keep if self.selection is None else self.keep_experts or 1.0
+            all_stay = self.selection is not None and not self.unites
+            share = self.keep_experts or (1.0 if all_stay else self.keep)
         return max(1, math.floor(share * num_experts + 0.5))
 
     def neurons_per_layer(self, num_experts: int, width: int, num_kept: int) -> int:
@@ -138,15 +172,27 @@ class LayerBudget:
 
         `keep` is rounded half up: to whole neurons of the layer, or in the native layout to a width for each of the
         experts. That is a multiple of 8 where `width` is one (of the largest power of 2 that divides `width`, below
-        8): grouped kernels take rows of whole 16 bytes only.
+        8): grouped kernels take rows of whole 16 bytes only. Experts that are unions, of all neurons of the layer,
+        may become wider than `width` in the mapped layout; in the native one without `keep_experts` they are as wide.
         """
-        if self.selection is None:
+        if self.selection is None or (self.unites and self.layout == "native" and self.keep_experts is None):
             return num_kept * width
         share = self.keep * num_experts * width
         if self.layout == "native":
             unit = math.gcd(width, ALIGNED_NEURONS)
             return num_kept * min(width, unit * max(1, math.floor(share / (num_kept * unit) + 0.5)))
-        return min(num_kept * width, max(1, math.floor(share + 0.5)))
+        available = (num_experts if self.unites else num_kept) * width
+        return min(available, max(1, math.floor(share + 0.5)))
+
+    @property
+    def unites(self) -> bool:
+        """Whether experts become unions of their group's neurons, of which `selection` keeps some."""
+        return self.merging in MERGING and bool(MERGING.trait(self.merging, "unites"))
+
+    @property
+    def aligns(self) -> bool:
+        """Whether neurons are put in order before experts are merged: not where all of them stay beside each other."""
+        return self.alignment is not None and self.merging is not None and not self.unites
 
     @property
     def is_ranked(self) -> bool:

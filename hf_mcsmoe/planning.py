@@ -162,7 +162,9 @@ def _routing_change(layer: MoeLayer, num_experts: int, recipe: Recipe) -> Sizes:
         return router_sizes(layer, num_experts) - router_sizes(layer, layer.num_slots)
     # A ragged layer also stores where its experts start.
     full = num_experts * layer.intermediate_size
-    offsets = num_experts + 1 if neurons_of_layer(layer, recipe, num_experts) < full else 0
+    is_united = recipe.unites and num_experts < layer.num_slots
+    is_ragged = is_united or neurons_of_layer(layer, recipe, num_experts) < full
+    offsets = num_experts + 1 if is_ragged else 0
     has_rows = recipe.shares_experts and SHARED_BASE.trait(recipe.shared_base, "shares") == "base"
     if recipe.decomposes(layer.num_slots) or has_rows:  # and of each matrix, where rows or ranks of experts start
         offsets = (3 if layer.format.has_gate else 2) * (num_experts + 1)

@@ -65,21 +65,22 @@ class Recipe(LayerBudget):
         layout: "mapped" (router keeps its N rows and an index map) or "native" (fewer router rows, plain model).
         protect: Which experts are never dropped and never merged, whatever their saliency; None protects none.
         saliency: Score that decides which experts lead.
-        allocation: How many experts each layer keeps, or with `selection` neurons; None takes "global_usage" for the
-            mapped layout and "uniform" for the native one, where all layers must have the same number, and with
-            `selection`.
+        allocation: How many experts each layer keeps, or neurons of a `selection`; None takes "global_usage" for the
+            mapped layout, "uniform" for the native one, where all have the same number, and with `selection`.
         similarity: How alike experts are; None where the grouping does not ask.
         grouping: Which experts become one.
         alignment: Neuron order before merging; None leaves neurons as they are.
-        merging: How the members of a group become one matrix; None keeps the dominant expert (pruning).
+        merging: How the members of a group become one matrix; None keeps the dominant expert (pruning); "union"
+            keeps the neurons of all members, for `selection` to choose among.
         importance: Score that weighs the members in the merge.
         constants: The vector that the slot of a dropped expert adds, times its gate, in the mapped layout; None adds
             nothing.
         selection: Saliency of single neurons, of which the least salient go; None keeps experts whole. In the
             mapped layout experts become as wide as their neurons deserve, in the native one all equally wide.
         keep_experts: With `selection`, the share of the experts that stays, narrowed to what `keep` leaves them; None
-            keeps all experts. With a ranked decomposition the share that stays, whose ranks take the rest of `keep`;
-            None takes the root of `keep`.
+            keeps all experts, or with merging="union" the share `keep`, about as wide as they were (below `keep` they
+            become wider, in the mapped layout). With a ranked decomposition the share that stays, whose ranks take
+            the rest of `keep`; None takes the root of `keep`.
         shared_base: What all experts of a layer share, of which each keeps a small part of its own; all experts and
             the router stay, in the mapped layout. None stores experts one by one.
         router: What the rows of a router that is cut become, in the native layout; None, or a rule that does not lower
@@ -196,7 +197,8 @@ class Recipe(LayerBudget):
                 f"protect is {self.protect!r}, but grouping {self.grouping!r} judges all experts of a layer together. "
                 "Use protect=None or another grouping."
             )
-        if self.keep_experts is not None and self.selection is not None and self.allocation != "uniform":
+        is_count = self.keep_experts is not None and self.selection is not None
+        if is_count and self.allocation != "uniform" and not self.unites:
             raise ValueError(
                 f"allocation is {self.allocation!r}, but with keep_experts all layers keep the same number of "
                 "neurons, which some could not hold. Use allocation='uniform', or leave keep_experts out."
@@ -216,6 +218,7 @@ class Recipe(LayerBudget):
                 f"collapse_duplicates is {self.collapse_duplicates!r}, allowed are True, False and 'auto'."
             )
         check_targets(self)
+        self._check_union()
         self._check_results()
 
     def _check_results(self) -> None:
@@ -276,11 +279,8 @@ class Recipe(LayerBudget):
     @property
     def needs_inputs(self) -> bool:
         """Whether layers are run again on what they were given in calibration."""
-        if (
-            self.is_fitted_on_tokens
-            or self.allots_neurons
-            or (self.decomposition is not None and DECOMPOSITION.needs(self.decomposition))
-        ):
+        decomposes_inputs = self.decomposition is not None and DECOMPOSITION.needs(self.decomposition)
+        if self.is_fitted_on_tokens or self.allots_neurons or decomposes_inputs:
             return True
         used = [(registry, getattr(self, step)) for step, registry in STEPS.items()]
         return any("tokens" in registry.asks_for(name) for registry, name in used if name is not None)

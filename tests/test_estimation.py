@@ -1,5 +1,6 @@
 """What `plan` says that compressing will cost, against what it costs: bytes and operations exactly."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,8 +13,14 @@ from hf_mcsmoe import compress_moe
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.cli import app
 from hf_mcsmoe.estimation import MachineRates, Workload, estimate, measure_machine
-from hf_mcsmoe.estimation.memory import kept_bytes, statistics_bytes
-from hf_mcsmoe.estimation.operations import Operations, calibration_operations, forward_flops, statistics_operations
+from hf_mcsmoe.estimation.memory import kept_bytes, layer_work_bytes, statistics_bytes
+from hf_mcsmoe.estimation.operations import (
+    Operations,
+    calibration_operations,
+    forward_flops,
+    statistics_operations,
+    step_operations,
+)
 from hf_mcsmoe.executors.kept_inputs import bytes_per_token, collect_first
 from hf_mcsmoe.executors.wanted import wanted_by
 from hf_mcsmoe.families import find_layers
@@ -61,6 +68,21 @@ def test_calibration_has_the_operations_and_leaves_the_bytes_that_are_said(prese
     inputs = [part for one in collected.values() for part in (one.held_out, one.calibration)]
     numbers = sum(part.num_tokens for part in inputs)
     assert kept_bytes(layers, recipe, work) == numbers * bytes_per_token(layers[0], wanted_by(recipe))
+
+
+def test_unions_are_estimated_at_the_width_that_they_have_before_the_selection(model):
+    """Half as many experts of twice the width: Grams of twice the numbers, and a layer's neurons in float32 twice."""
+    layer, work = find_layers(model)[0], Workload(rows=64, sequence_length=20)
+    union = recipe_from_preset("m-smoe-union", selection="gated_obs", refit=None)
+    plain = recipe_from_preset("joint-obs", refit=None)
+    size = 4 * layer.num_slots * layer.parameters_per_expert
+    grams = 8 * layer.num_slots * layer.intermediate_size**2
+    more = layer_work_bytes(layer, union, 4, work) - layer_work_bytes(layer, plain, 8, work)
+    assert more == size + grams - 4 * layer.bytes_per_expert
+    joint = dataclasses.replace(union, selection="joint_obs")
+    assert layer_work_bytes(layer, joint, 4, work) > layer_work_bytes(layer, union, 4, work)
+    flops = [step_operations(layer, recipe, n, work).flops for recipe, n in ((plain, 8), (union, 4), (joint, 4))]
+    assert flops == sorted(flops) and flops[0] < flops[1] < flops[2]
 
 
 def test_the_workload_is_that_of_the_data(data):

@@ -29,8 +29,8 @@ FORMATS = {
     "gated-bias": ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"),
     "ungated-bias": ("up", "down", "up_bias", "down_bias"),
 }
-# Operators that need nothing but the experts; the others have tests of their own.
-OPERATORS = [n for n in MERGING if not MERGING.asks_for(n)]
+# Operators that need nothing but the experts and keep their width; the others have tests of their own.
+OPERATORS = [n for n in MERGING if not MERGING.asks_for(n) and not MERGING.trait(n, "unites")]
 # Group 0 is expert 1 alone, group 1 has three members of which expert 4 was never used, no member of group 2 was
 # used, group 3 is a pair; experts 3 and 7 are dropped.
 GROUPS = ExpertGroups(torch.tensor([1, 0, 2, -1, 1, 1, 2, -1, 3, 3]), torch.tensor([1, 5, 6, 9]))

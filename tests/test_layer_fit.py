@@ -26,9 +26,11 @@ RECIPES = {
     "mapped-neurons-energy": {"layout": "mapped", "keep": 0.3, **FIT, "selection": "gated_energy"},
     "mapped-experts-and-neurons": {"layout": "mapped", "keep": 0.4, "keep_experts": 0.75, **FIT, **DROP},
     "mapped-merged-refit": {"layout": "mapped", "refit": "least_squares"},
+    "mapped-union": {"layout": "mapped", "merging": "union", **FIT},
     "native-neurons": {"layout": "native", "keep": 0.4, **FIT},
     "native-experts-and-neurons": {"layout": "native", "keep": 0.4, "keep_experts": 0.75, **FIT, **DROP},
     "native-dropped-refit": {"layout": "native", "refit": "least_squares", **DROP},
+    "native-union": {"layout": "native", "merging": "union", **FIT, "selection": "joint_obs"},
 }
 EVERY_RUN = ("qwen3_moe", "gpt_oss", "switch_transformers")
 NARROWED = [name for name in RECIPES if name.startswith("native") and "neurons" in name]
@@ -56,7 +58,7 @@ def mostly_slow(names):
 
 
 def cases(skipped=SAME_FIELD_ELSEWHERE):
-    few = ("mapped-neurons", "mapped-merged-refit", "native-experts-and-neurons")
+    few = ("mapped-neurons", "mapped-merged-refit", "native-experts-and-neurons", "mapped-union", "native-union")
     return [
         (f, r)
         for f in FAMILIES

@@ -39,6 +39,7 @@ CASES = {
         "joint-obs",
         {"allocation": "removal_curve", "selection": "joint_obs"},
     ),
+    "unions of neurons": ("qwen3_moe", "m-smoe-union", {}),
     "factors": ("olmoe", "mc-smoe", {}),
     "a shared base": ("qwen3_moe", "resmoe", {}),
     "a trained router": ("qwen3_moe", "m-smoe", {"matching": "adam", "matching_options": {"router": True}}),

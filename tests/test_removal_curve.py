@@ -156,6 +156,7 @@ REFUSED = {
         "min_share is 1.5, it must be in [0, 1]",
     ),
     "no number": ({**SELECT, "allocation_options": {"min_share": None}}, "min_share is None"),
+    "unions": ({**SELECT, "merging": "union"}, "merging 'union' makes others of their neurons"),
     "a number of experts": ({**SELECT, "num_experts": 4}, "selection 'joint_obs' keeps neurons"),
 }
 

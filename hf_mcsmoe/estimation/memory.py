@@ -3,6 +3,7 @@
 T tokens, N slots, M kept experts, k top-k, D hidden size, I width, P neurons of all kept experts.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ from ..executors.kept_inputs import bytes_per_token, groups_of_layers
 from ..executors.wanted import wanted_by
 from ..fitting import activation_bytes
 from ..layer.fit import MOST_JOINT_NEURONS
+from ..layer.parts import MOST_NEURONS
 from ..recipe import Recipe
+from ..selection import SELECTION
 from ..sizes import expert_size
 from ..types import MoeLayer
 from .workload import Workload
@@ -70,6 +73,18 @@ def kept_bytes(layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
     return of_group + sum(held_out * bytes_per_token(layer, wanted) for layer in layers)
 
 
+def widths_to_select(layer: MoeLayer, recipe: Recipe, num_experts: int) -> tuple[float, float]:
+    """(width of an expert before neurons are selected, of the parts that are judged together), both on average."""
+    width = layer.intermediate_size * (layer.num_slots / num_experts if recipe.unites else 1)
+    return width, width / math.ceil(width / MOST_NEURONS)
+
+
+def is_judged_jointly(recipe: Recipe, num_neurons: float) -> bool:
+    """Whether the selection of a recipe, if any, reads products of neurons of different experts."""
+    asks = recipe.selection is not None and "sums" in SELECTION.asks_for(recipe.selection)
+    return asks and num_neurons <= MOST_JOINT_NEURONS
+
+
 def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Workload) -> int:
     """Of compressing one layer: the new experts; where it is fitted all experts in float32, outputs and Grams."""
     size = expert_size(layer)
@@ -79,15 +94,20 @@ def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Wo
     slots, width, hidden = layer.num_slots, layer.intermediate_size, layer.hidden_size
     tokens = min(recipe.fit_tokens, work.num_tokens) + min(FIT_HELD_OUT_TOKENS, work.num_held_out_tokens)
     neurons = recipe.neurons_per_layer(slots, width, num_experts)
-    share = neurons / (num_experts * width)
+    united, part = widths_to_select(layer, recipe, num_experts)
+    share = neurons / (num_experts * united)
     total += 4 * slots * size.matrix_entries + 4 * tokens * (hidden + 2 * slots)
-    grams = 8 * num_experts * width**2 if recipe.selection is not None and share < 1 else 0
+    if united > width:
+        total += 4 * slots * size.matrix_entries  # all neurons once more, under the gates of the groups
+    grams = int(8 * num_experts * united * part) if recipe.selection is not None and share < 1 else 0
+    if share < 1 and is_judged_jointly(recipe, num_experts * united):
+        grams += int(24 * (num_experts * united) ** 2 + 24 * num_experts * united * hidden)
     if recipe.allots_neurons and slots * width <= MOST_JOINT_NEURONS:  # all are taken apart beforehand
-        grams = 8 * 4 * (slots * width) * (slots * width + hidden)
+        grams = max(grams, 8 * slots * width**2 + 24 * slots * width * (slots * width + hidden))
     fitted = 4 * neurons * (size.matrix_entries // width)
     if recipe.refit is not None:
         joint = 8 * (4 * neurons**2 + 4 * neurons * hidden)
-        passes = 16 * num_experts * (width * share) ** 2 + 40 * neurons * hidden
+        passes = 16 * num_experts * (united * share) ** 2 + 40 * neurons * hidden
         fitted += int(joint if neurons <= MOST_JOINT_NEURONS else passes)
     return total + max(grams, fitted)
 

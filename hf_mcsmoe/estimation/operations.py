@@ -19,7 +19,7 @@ from ..refit.least_squares import RIDGES
 from ..sizes import expert_size
 from ..statistics import STATISTICS
 from ..types import MoeLayer
-from .memory import PER_NEURON
+from .memory import PER_NEURON, is_judged_jointly, widths_to_select
 from .workload import Workload
 
 CONJUGATE_STEPS = 12  # of `refit_by_passes` until it stops, typically
@@ -126,7 +126,7 @@ def step_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Wor
     entries = expert_size(layer).matrix_entries
     held_out = min(FIT_HELD_OUT_TOKENS if recipe.needs_inputs else HELD_OUT_TOKENS, work.num_held_out_tokens)
     total = Operations(of_model=2 * routed_flops(layer, held_out))
-    if recipe.alignment is not None and recipe.merging is not None:
+    if recipe.aligns:
         members = slots - num_experts
         total += Operations(float32=2 * members * width * entries, assignments=members * (width / 256) ** 2.5)
     if recipe.needs_inputs:
@@ -142,31 +142,47 @@ def step_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Wor
 def curve_operations(layer: MoeLayer, tokens: int) -> Operations:
     """Of taking a layer apart neuron by neuron, on so many kept tokens."""
     width, hidden, slots, chosen = layer.intermediate_size, layer.hidden_size, layer.num_slots, layer.top_k
-    inner = expert_size(layer).matrix_entries - width * hidden
-    total = Operations(float32=routed_flops(layer, tokens) + 2 * tokens * chosen * (inner + width**2))
-    neurons = slots * width
-    if neurons > MOST_JOINT_NEURONS:
-        return total + Operations(float64=slots * (ELIMINATION * width**3 + width**2 * hidden))
-    sums = tokens * ((chosen * width) ** 2 + 2 * chosen * width * hidden)
-    return total + Operations(float32=sums, float64=ELIMINATION * neurons**3 + 3 * neurons**2 * hidden)
+    inner = expert_size(layer).matrix_entries / width - hidden
+    features = routed_flops(layer, tokens) + 2 * tokens * chosen * width * (inner + width)
+    if slots * width <= MOST_JOINT_NEURONS:
+        return Operations(float32=features) + joint_operations(slots * width, 0, hidden, chosen * width, tokens)
+    return Operations(float32=features, float64=slots * width * (ELIMINATION * width**2 + width * hidden))
+
+
+def joint_operations(before: int, after: int, hidden: int, reached: float, tokens: int) -> Operations:
+    """Of judging the neurons of all experts together: their sums, the inverse, and its updates until `after` stay.
+
+    Args:
+        before: P, neurons.
+        after: Those that stay.
+        hidden: D.
+        reached: Neurons that a token reaches.
+        tokens: T.
+    """
+    sums = tokens * (reached**2 + 2 * reached * hidden)
+    updates = 2 * (before**3 - after**3) / 3 + hidden * (before**2 - after**2)
+    return Operations(float32=sums, float64=before**3 + 4 * before**2 * hidden + updates)
 
 
 def fit_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, tokens: int, held_out: int) -> Operations:
     """Of what is fitted on kept tokens: outputs, Grams of neurons, the order of removal, least squares."""
-    width, hidden, chosen = layer.intermediate_size, layer.hidden_size, layer.top_k
+    original, hidden, chosen = layer.intermediate_size, layer.hidden_size, min(layer.top_k, num_experts)
     entries = expert_size(layer).matrix_entries
-    inner = entries - width * hidden  # of the matrices before the activation
+    inner = entries / original - hidden  # of one neuron in the matrices before the activation
     total = Operations(float32=routed_flops(layer, tokens + held_out))
-    neurons = recipe.neurons_per_layer(layer.num_slots, width, num_experts)
+    neurons = recipe.neurons_per_layer(layer.num_slots, original, num_experts)
+    width, part = widths_to_select(layer, recipe, num_experts)
     share = neurons / (num_experts * width)
     if recipe.selection is not None and share < 1:
-        features = 2 * tokens * chosen * (inner + width**2)
-        removal = num_experts * (ELIMINATION * width**3 + width**2 * hidden)
+        features = 2 * tokens * chosen * width * (inner + part)
+        removal = num_experts * width * (ELIMINATION * part**2 + part * hidden)
         total += Operations(float32=features, float64=removal)
+        if is_judged_jointly(recipe, num_experts * width):
+            total += joint_operations(int(num_experts * width), neurons, hidden, chosen * width, tokens)
     if recipe.refit is None:
         return total
     kept = chosen * width * share  # neurons that a token reaches
-    features = 2 * (tokens + held_out) * chosen * share * inner
+    features = 2 * (tokens + held_out) * kept * inner
     if neurons <= MOST_JOINT_NEURONS:
         sums = (tokens + held_out) * (kept**2 + 2 * kept * hidden)
         solves = len(RIDGES) * (neurons**3 / 3 + 4 * neurons**2 * hidden)

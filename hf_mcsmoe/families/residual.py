@@ -81,8 +81,8 @@ def no_residual(layer: MoeLayer, reason: str) -> str:
     """The message for a layer without a residual stream that can be read."""
     return (
         f"The recipe needs the residual stream around {layer.block_name!r}, which cannot be read: {reason}. "
-        "Use another saliency, such as 'gated_output_norm', or another allocation, such as 'fisher_curve', or leave the "
-        "layer out with exclude_layers."
+        "Use another saliency, such as 'gated_output_norm', or allocation, such as 'fisher_curve', or leave the layer "
+        "out with exclude_layers."
     )
 
 

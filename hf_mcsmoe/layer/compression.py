@@ -202,8 +202,8 @@ def fit_layer(
     neurons: LayerNeurons,
 ) -> FittedExperts:
     """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
-    experts = as_float32(layer.family.view(layer, merged.parameters))
-    supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.groups.dominant_of_group}
+    experts = merged.unions or as_float32(layer.family.view(layer, merged.parameters))
+    supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.experts_kept}
     how = {"supply": supply, "saliency": neurons.saliency}
     if tokens is None:
         return fit_experts(experts, layer.family.activation(layer), recipe, neurons.number, [], [], **how)
@@ -232,7 +232,7 @@ def install(
     `is_cut` tells that the router has M rows already, and that the module holds M experts.
     """
     routing, parameters = merged.routing, merged.parameters
-    if fitted is not None and routing.slot_map is not None and not is_full(layer, fitted.experts):
+    if fitted is not None and routing.slot_map is not None and is_ragged(layer, merged, fitted.experts):
         install_ragged(layer, fitted.experts, routing.slot_map, layout)
         return
     if fitted is not None:
@@ -250,9 +250,9 @@ def install(
         install_native(layer, parameters, routing.rows, merged.groups.group_of_expert)
 
 
-def is_full(layer: MoeLayer, experts: PackedExperts) -> bool:
-    """Whether every expert has all the neurons that the original's have."""
-    return bool((experts.widths == layer.intermediate_size).all())
+def is_ragged(layer: MoeLayer, merged: MergedLayer, experts: PackedExperts) -> bool:
+    """Whether experts are stored as of different widths: unions always are, so that what is planned is what comes."""
+    return merged.unions is not None or bool((experts.widths != layer.intermediate_size).any())
 
 
 def follow(layer: MoeLayer, first: MoeLayer, report: LayerReport, layout: dict[str, Any], recipe: Recipe) -> None:

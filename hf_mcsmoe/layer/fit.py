@@ -28,6 +28,7 @@ from ..recipe import Recipe
 from ..refit import REFIT
 from ..selection import SELECTION
 from ..types import MoeLayer
+from .parts import in_parts
 from .refit_by_passes import RIDGE, refit_by_passes
 from .unreached import with_unreached
 
@@ -113,13 +114,15 @@ def fit_experts(
         least = least_width(budget, experts.num_experts, is_uniform)
         if saliency is None:
             is_small = experts.num_neurons <= MOST_JOINT_NEURONS
+            # Costs of neurons of all experts compare, so parts of one may be judged as if they were experts.
+            judged, seen = in_parts(experts, tokens)
             supply = {
-                "grams": lambda: grams_of(features),
+                "grams": lambda: grams_of(features if judged is experts else KeptFeatures(judged, activation, seen)),
                 "sums": lambda: sum_features(experts, activation, tokens, features) if is_small else None,
                 "budget": lambda: (num_neurons, least),
                 **(supply or {}),
             }
-            saliency = SELECTION.call(recipe.selection, experts, options=recipe.selection_options, supply=supply)
+            saliency = SELECTION.call(recipe.selection, judged, options=recipe.selection_options, supply=supply)
         saliency = saliency.to(experts.up.device)
         kept = choose_neurons(saliency, experts.offsets.tolist(), budget, is_uniform)
         experts, columns = experts.select_neurons(kept), features.of_neurons(kept)
@@ -179,7 +182,8 @@ def refit_down(
     judge = HeldOutError(experts, activation, held_out) if held_out else None
     if experts.num_neurons > MOST_JOINT_NEURONS:
         ridge = recipe.refit_options.get("ridges", (RIDGE,))[0]
-        best = refit_by_passes(experts, activation, tokens, ridge)
+        parts, seen = in_parts(experts, tokens)
+        best = refit_by_passes(parts, activation, seen, ridge)
     else:
         sums = sum_features(experts, activation, tokens, features)
         down = experts.down.to(sums.gram.dtype)

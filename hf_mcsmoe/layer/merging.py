@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..alignment import ALIGNMENT
+from ..expert_values import PackedExperts
 from ..grouping import GROUPING
 from ..merging import MERGING
 from ..modeling.offload import fetched
@@ -34,6 +35,16 @@ class MergedLayer:
     similarity: Tensor | None = None  # (N, N), of the original experts; None: the recipe does not look at it
     importance: Tensor | None = None  # (N,): of the original experts
     transfer: Tensor | None = None  # (N, M) shares of experts that went into groups; None: whole members
+    # M experts with all neurons of their members, float32. None: `parameters` are all there is; else these are only
+    # the dominant experts.
+    unions: PackedExperts | None = None
+
+    @property
+    def experts_kept(self) -> Tensor:
+        """Which of the N experts the neurons before a selection are of, those of each in one piece. int64."""
+        if self.unions is None:
+            return self.groups.dominant_of_group
+        return torch.cat([self.groups.members(group) for group in range(self.groups.num_groups)])
 
 
 def merge_layer(
@@ -65,9 +76,10 @@ def merge_layer(
         merge_groups(weights, groups, recipe, importance, into=layer.family.view(layer, new), supply=supply)
         for name, rows in layer.passive_expert_rows.items():
             new[name] = torch.cat([new[name], rows.detach()])
-    return MergedLayer(
-        groups, ROUTING[recipe.layout](groups), new, similarity, importance, transfer_of(weights, groups, recipe)
-    )
+        unites = recipe.unites and num_experts < layer.num_slots
+        unions = unite_groups(weights, groups, recipe, importance, supply) if unites else None
+        transfer = transfer_of(weights, groups, recipe)
+    return MergedLayer(groups, ROUTING[recipe.layout](groups), new, similarity, importance, transfer, unions)
 
 
 def transfer_of(weights: ExpertWeights, groups: ExpertGroups, recipe: Recipe) -> Tensor | None:
@@ -120,11 +132,12 @@ def merge_groups(
 ) -> None:
     """Write each group's merged expert into `into` (M experts, same device and dtype as `weights`).
 
-    Products are float32 and rounded once, when they are written. A group of one keeps its expert bit by bit.
+    Products are float32 and rounded once, when they are written. A group of one keeps its expert bit by bit. Where
+    groups become unions, which `into` could not hold, it gets their dominant experts: see `unite_groups`.
     """
     supply = supply or {}
     order = None
-    if recipe.alignment is not None and recipe.merging is not None:
+    if recipe.aligns:
         how = {"options": recipe.alignment_options, "supply": supply}
         order = ALIGNMENT.call(recipe.alignment, weights, groups, **how)
     targets = into.tensors()
@@ -137,13 +150,27 @@ def merge_groups(
         return
     for group in range(groups.num_groups):
         members = groups.members(group)
-        if recipe.merging is None or members.numel() == 1:
+        if recipe.merging is None or recipe.unites or members.numel() == 1:
             merged = {name: tensor[members[0]] for name, tensor in weights.tensors().items()}
         else:
             of_group = {"members": lambda members=members: members, "order": lambda: order}
             merged = merge_group(weights, members, order, recipe, importance, {**supply, **of_group})
         for name, tensor in merged.items():
             targets[name][group] = tensor.reshape(targets[name][group].shape)
+
+
+@torch.no_grad()
+def unite_groups(
+    weights: ExpertWeights, groups: ExpertGroups, recipe: Recipe, importance: Tensor, supply: Supply
+) -> PackedExperts:
+    """The M experts of a recipe that unites, each as wide as its members together, float32."""
+
+    def union(group: int) -> ExpertWeights:
+        members = groups.members(group)
+        how = {**supply, "members": lambda: members, "order": lambda: None}
+        return ExpertWeights(**merge_group(weights, members, None, recipe, importance, how))
+
+    return PackedExperts.from_experts(union(group) for group in range(groups.num_groups))
 
 
 def merge_group(

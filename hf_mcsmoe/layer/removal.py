@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..executors.in_memory import Collected
 from ..observation.gated_features import sum_features
+from ..observation.kept_features import KeptFeatures
 from ..observation.layer_tokens import original_tokens
 from ..recipe import Recipe
 from ..selection import SELECTION
@@ -15,6 +16,7 @@ from ..selection.gated_obs import saliency_by_gated_obs
 from ..selection.joint_obs import is_above, joint_removals
 from ..types import MoeLayer
 from . import fit
+from .parts import in_parts
 
 RULE = "joint_obs"  # the selection whose order the neurons go in
 
@@ -59,7 +61,9 @@ def removal_curve(layer: MoeLayer, recipe: Recipe, collected: Collected, least: 
     tokens = original_tokens(layer, collected)
     experts, batches, features = tokens.features.experts, tokens.calibration, tokens.features
     num_tokens = max(1, sum(len(batch.gates) for batch in batches))
-    grams, sums = fit.grams_of(features), None
+    judged, seen = in_parts(experts, batches)
+    grams = fit.grams_of(features if judged is experts else KeptFeatures(judged, tokens.activation, seen))
+    sums = None
     if experts.num_neurons <= fit.MOST_JOINT_NEURONS:
         sums = sum_features(experts, tokens.activation, batches, features)
     budget = least, fit.least_width(least, experts.num_experts, is_uniform=False)
@@ -69,7 +73,7 @@ def removal_curve(layer: MoeLayer, recipe: Recipe, collected: Collected, least: 
         saliency = torch.empty(len(order), dtype=torch.float64)
         saliency[order] = torch.arange(len(order), dtype=torch.float64)
     else:
-        saliency = saliency_by_gated_obs(experts, grams=grams).cpu().double()
+        saliency = saliency_by_gated_obs(judged, grams=grams).cpu().double()
         order = saliency.argsort(stable=True)
         free = order[is_above(experts.expert_of_neuron.cpu()[order], budget[1])][: experts.num_neurons - least]
         costs = saliency[free] if any(gram.any() for gram in grams) else torch.zeros(len(free))

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ..executors.in_memory import Collected
 from ..modeling.experts import install_native
+from ..observation.kept_features import KeptFeatures
 from ..observation.layer_inputs import relative_error, routed_output
 from ..recipe import Recipe
 from ..router_access import find_rows, read_rows, router_inputs, write_rows
 from ..router_rows import ROUTER_ROWS
 from ..types import ExpertGroups, MoeLayer
+from .fit import routed_tokens, with_answers
 from .merging import MergedLayer
 
 
@@ -35,7 +37,7 @@ def cut_router(
     """Install M experts and a router of M rows; in place.
 
     The rows of the recipe's rule stay only if they lower the error of the layer's output on held-out tokens, beside
-    the rows of the dominant experts and before any refit.
+    the rows of the dominant experts and before any selection and refit.
 
     Args:
         layer: As found, with N slots; M < N.
@@ -59,12 +61,22 @@ def cut_router(
     }
     new = ROUTER_ROWS.call(recipe.router, old, groups, options=recipe.router_options, supply=supply)
     install_native(layer, merged.parameters, rows, groups.group_of_expert)
-    first = relative_error(before, routed_output(layer, collected.held_out, reroute=True))
+    first = error_of_rows(layer, merged, collected, before)
     write_rows(layer, place, new)
-    errors = RouterErrors(first, relative_error(before, routed_output(layer, collected.held_out, reroute=True)))
+    errors = RouterErrors(first, error_of_rows(layer, merged, collected, before))
     if not errors.is_kept:
         write_rows(layer, place, old[groups.dominant_of_group.to(old.device)])
     return errors
+
+
+def error_of_rows(layer: MoeLayer, merged: MergedLayer, collected: Collected, before: list[Tensor]) -> float | None:
+    """The layer's relative squared error on held-out tokens with the router rows that it has now."""
+    if merged.unions is None:
+        return relative_error(before, routed_output(layer, collected.held_out, reroute=True))
+    # The module holds the dominant experts alone.
+    tokens = routed_tokens(layer, collected.held_out, torch.eye(merged.groups.num_groups), before, reroute=True)
+    answers = with_answers(KeptFeatures(merged.unions, layer.family.activation(layer), tokens))
+    return relative_error(before, [batch.targets for batch in answers])
 
 
 def membership(groups: ExpertGroups) -> Tensor:

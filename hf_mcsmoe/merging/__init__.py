@@ -9,6 +9,9 @@ It may ask for "members" (m,) int64, which of the N experts they are (not where 
 None, the alignment; "tokens" (`LayerTokens` of the N original experts); "statistics"; "seed"; and "weights" of all N
 experts, not aligned.
 
+With the trait unites=True, and takes="experts", the expert that comes back has the neurons of all members one after
+another, in their order; the recipe's selection says which of them stay.
+
 The trait transfer, (weights of all N experts, groups, all options) -> (N, M) float64, tells router rules which share
 of each expert went into each group; without it members went into theirs whole.
 """

@@ -85,6 +85,16 @@ PRESETS = {
         "which PLeaS also has, is not possible where all experts are equally wide.",
         recipe={"merging": "pleas"},
     ),
+    "m-smoe-union": Preset(
+        paper=f"Ours, without a paper, in {M_SMOE}",
+        url="https://arxiv.org/abs/2310.01334",
+        notes="m-smoe that averages nothing: the neurons of a group's members stay side by side under the sum of "
+        "their gates, the Optimal Brain Surgeon takes those that the layer's output needs least, and one ridge "
+        "regression fits all down projections of a layer to its original output. The budget is shared by all groups "
+        "of a layer, which end up with different widths; layout='native' makes them as wide as the experts were, a "
+        "plain model. More and smaller groups of the same neurons (keep_experts above keep) lose less.",
+        recipe={"alignment": None, "merging": "union", "selection": "joint_obs", "refit": "least_squares"},
+    ),
     "dern": Preset(
         paper="Dropping Experts, Recombining Neurons: Retraining-Free Pruning for Sparse Mixture-of-Experts LLMs "
         "(Zhou et al., 2025)",

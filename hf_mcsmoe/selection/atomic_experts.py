@@ -27,7 +27,7 @@ def saliency_of_atomic_experts(
     Args:
         experts: P neurons of M experts, with the last matrices that the statistics saw.
         statistics: Of the N original experts.
-        experts_kept: Which of them the M are, (M,) int64.
+        experts_kept: Which of them the neurons are of, int64, I neurons each.
         expected: Multiply by the share of the tokens that reach the expert: the expected change of the loss.
     """
     count = statistics.selection_count[experts_kept].double()[:, None]

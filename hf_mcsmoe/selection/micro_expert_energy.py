@@ -29,12 +29,13 @@ def saliency_by_micro_expert_energy(
     The score of CAMERA-P (Xu et al., 2025, https://arxiv.org/abs/2508.02322), by its code and summaries; its script
     has alpha = 0.9. It holds gate and frequency, being a sum. Public code fixes k = 8 for one family; here the gates
     are those of the model. Neurons of shared experts, which the paper ranks too, stay. An expert that is the merge of
-    several counts with the activations of its leader.
+    several counts with the activations of its leader; neurons of a union with those of the member that they are from,
+    under its own gate, and with their share of the output.
 
     Args:
         experts: P neurons of M experts.
         statistics: Of the N original experts.
-        experts_kept: Which of them the M are, (M,) int64.
+        experts_kept: Which of them the neurons are of, int64, I neurons each.
         alpha: Share of the peak, in [0, 1].
     """
     energy, peak = (statistics[name][experts_kept] for name in ("gated_activation_energy", "gated_activation_peak"))
