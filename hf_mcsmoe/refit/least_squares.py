@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..observation.gated_features import FeatureSums
+from ..option_checks import check_flag
 from ..refit import REFIT
 from ..solvers.cholesky import cholesky_in_place
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the large ones are for fewer tokens than features
 
 
-@REFIT.register("least_squares")
+@REFIT.register("least_squares", check=check_flag("shared_expert", "Leave it out for True."))
 def refit_by_least_squares(
     sums: FeatureSums,
     held_out: FeatureSums | None,
@@ -20,6 +21,7 @@ def refit_by_least_squares(
     down: Tensor,
     *,
     ridges: tuple[float, ...] = RIDGES,
+    shared_expert: bool = True,  # noqa: ARG001 (`layer.beside` reads it: which features there are)
 ) -> Tensor:
     """The `down` that minimises sum |y - phi down|^2 + sum_e ridge_e |down_e - down0_e|^2.
 
@@ -32,9 +34,12 @@ def refit_by_least_squares(
     Args:
         sums: Of the calibration tokens.
         held_out: Of other tokens; None if there are none.
-        offsets: Where experts start among the P neurons, M + 1 numbers.
+        offsets: Where experts start among the P neurons, M + 1 numbers; the shared expert counts as one, and so do
+            all constants of dropped slots together, see `BesideExperts`.
         down: down0, (P, D) float64.
         ridges: Candidates.
+        shared_expert: Fit the last matrix of the shared expert too, where the layer has one. All tokens go to it, so
+            it is where what all dropped experts gave on average costs nothing.
 
     Returns:
         (P, D) float64; down0 where no token gave a feature, or no ridge would do. Time O(P^3) for each
