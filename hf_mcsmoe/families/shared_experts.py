@@ -20,13 +20,16 @@ def find_shared_expert(layer: MoeLayer, modules: Mapping[str, nn.Module]) -> Sha
     decided here: names could deceive, so the block is asked, see `observation.shared_features`.
 
     Go without: shared experts that the router weighs (Inkling), that get other tokens than the routed ones do (Ernie
-    VL: text and images) or other inputs (the dense parts of Gemma 4 and LongCat, experts in a latent space), and ones
-    whose last matrix is quantized or has adapters.
+    VL: text and images) or other inputs (the dense parts of Gemma 4 and LongCat, experts in a latent space), ones of
+    layers whose routed experts cannot be fitted either (Llama 4), and ones whose last matrix is quantized or has
+    adapters.
 
     Args:
         layer: As described by its family.
         modules: Of the whole model, by path.
     """
+    if layer.family.observes_router:
+        return None
     named = [(name, child) for name, child in layer.block.named_children() if "shared" in name]
     gates = [child for name, child in named if "gate" in name]
     found = [(f"{layer.block_name}.{name}", child) for name, child in named if "gate" not in name]
