@@ -33,14 +33,11 @@ def beside_experts(
     """
     if recipe.refit is None:
         return None
-    options = REFIT.options(recipe.refit) | recipe.refit_options
-    features, width = None, 0
-    if layer.shared is not None and options.get("shared_expert"):
+    features, width = None, shared_width(layer, recipe)
+    if width:
         scale = routed_scale(layer, collected.calibration if collected.held_out.is_empty else collected.held_out)
-        if scale is not None:
-            # In units of the routed output.
-            features = functools.partial(scaled_features, layer.shared, 1 / scale)
-            width = layer.shared.down.in_features
+        width = 0 if scale is None else width
+        features = None if scale is None else functools.partial(scaled_features, layer.shared, 1 / scale)
     num_constants = 0 if constants is None else len(constants)
     if width + num_constants == 0:
         return None
@@ -48,8 +45,16 @@ def beside_experts(
     return BesideExperts(features, (width, num_constants), change)
 
 
+def shared_width(layer: MoeLayer, recipe: Recipe) -> int:
+    """Neurons of the shared expert that the refit of a recipe fits, if the block turns out to add its output; or 0."""
+    if layer.shared is None or recipe.refit is None:
+        return 0
+    options = REFIT.options(recipe.refit) | recipe.refit_options
+    return layer.shared.down.in_features if options.get("shared_expert") else 0
+
+
 def scaled_features(shared: SharedExpert, scale: float, hidden_states: Tensor) -> Tensor:
-    """`shared_features` times a number."""
+    """`shared_features` times a number, which makes them features of what the block multiplies with its inverse."""
     features = shared_features(shared, hidden_states)
     return features if scale == 1 else features * scale
 

@@ -13,7 +13,8 @@ from ..modeling.offload import execution_device
 from ..types import MoeLayer, SharedExpert
 from .layer_inputs import LayerInputs
 
-ROUNDINGS = 8  # of the dtype, relative to the largest number, that a sum of two outputs may be off
+ROUNDINGS = 8  # of the dtype, relative to the largest number of a token, that a sum of two outputs may be off
+LEAST_SEEN = 10  # times what a sum is off, in all: the shared expert's part of it, or its absence would not be seen
 
 
 @torch.no_grad()
@@ -27,11 +28,12 @@ def shared_features(shared: SharedExpert, hidden_states: Tensor) -> Tensor:
         shared: The expert.
         hidden_states: (t, D).
     """
-    given = hidden_states.to(execution_device(shared.module), shared.down.weight.dtype)
+    given = hidden_states.to(execution_device(shared.down), shared.down.weight.dtype)
     caught: list[Tensor] = []
     handle = shared.down.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
-        shared.module(given)
+        with evaluating(shared.module):
+            shared.module(given)
     finally:
         handle.remove()
     return caught[0].reshape(len(given), -1).float() * gate_of(shared, given)
@@ -61,7 +63,7 @@ def routed_scale(layer: MoeLayer, inputs: LayerInputs) -> float | None:
     shared, block = layer.shared, layer.block
     if inputs.is_empty:
         return None
-    hidden_states = inputs.experts_inputs[0][0].to(execution_device(shared.module))
+    hidden_states = inputs.experts_inputs[0][0].to(execution_device(shared.down))
     if not shared.in_block:
         with watched(layer) as seen:
             shared.module(hidden_states)
@@ -74,10 +76,10 @@ def routed_scale(layer: MoeLayer, inputs: LayerInputs) -> float | None:
         output = first_tensor(block(*arguments))
     if not torch.equal(seen["shared"], seen["down"]) or not torch.equal(seen["given routed"], seen["given shared"]):
         return None
-    output, of_shared = flat(output).float(), gate_of(shared, seen["given shared"]) * seen["shared"].float()
+    parts = seen["routed"].float(), gate_of(shared, seen["given shared"]) * seen["shared"].float()
     scales = dict.fromkeys((1.0, float(getattr(block, "routed_scaling_factor", 1.0))))
     precision = torch.finfo(seen["shared"].dtype).eps
-    return next((s for s in scales if is_multiple(output, s * seen["routed"].float() + of_shared, precision)), None)
+    return next((s for s in scales if is_sum(flat(output).float(), s * parts[0], parts[1], precision)), None)
 
 
 @contextmanager
@@ -110,12 +112,13 @@ def watched(layer: MoeLayer) -> Iterator[dict[str, Tensor]]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Within the context a module is in evaluation mode: no dropout, no noise."""
-    was_training = module.training
+    training = {child: child.training for child in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for child, was_training in training.items():
+            child.training = was_training
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -137,8 +140,12 @@ def accepts(module: nn.Module, arguments: tuple) -> bool:
     return True
 
 
-def is_multiple(output: Tensor, expected: Tensor, precision: float) -> bool:
-    """Whether `output` is `expected` times one number, up to rounding; neither may be all zero."""
+def is_sum(output: Tensor, routed: Tensor, shared: Tensor, precision: float) -> bool:
+    """Whether `output` (t, D) is `routed` plus `shared`, times one number, up to rounding, so that one can tell."""
+    expected = routed + shared
     factor = (output * expected).sum() / expected.square().sum()
-    difference = (output - factor * expected).abs().max()
-    return bool(factor > 0) and bool(difference <= ROUNDINGS * precision * output.abs().max())
+    difference = output - factor * expected
+    largest = torch.stack([output, factor * routed, factor * shared]).abs().amax((0, 2))
+    is_close = difference.abs().amax(1) <= ROUNDINGS * precision * largest
+    is_seen = LEAST_SEEN * difference.norm() < (factor * shared).norm()
+    return bool(factor > 0) and bool(is_close.all()) and bool(is_seen)
