@@ -240,6 +240,8 @@ def describe(inputs: LayerInputs, tensors: dict[str, Tensor], part: str, place: 
         call = [put(value, f"{name}.router.{position}") for position, value in enumerate(args)]
         named = {key: put(value, f"{name}.router.{key}") for key, value in kwargs.items()}
         entries.append({"experts": experts, "router": call, "router_named": named})
+        if inputs.outputs:
+            entries[-1]["output"] = put(inputs.outputs[batch], f"{name}.output")
     return entries
 
 
@@ -256,6 +258,8 @@ def inputs_from(entries: list[dict[str, Any]], tensors: Mapping[str, Tensor]) ->
         inputs.experts_inputs.append(tuple(get(value) for value in entry["experts"]))
         args = tuple(get(value) for value in entry["router"])
         inputs.router_calls.append((args, {key: get(value) for key, value in entry["router_named"].items()}))
+        if "output" in entry:
+            inputs.outputs.append(get(entry["output"]))
     return inputs
 
 

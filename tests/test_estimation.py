@@ -60,7 +60,7 @@ def test_calibration_has_the_operations_and_leaves_the_bytes_that_are_said(prese
         assert statistics_bytes(layer, recipe) == sum(tensor.nbytes for tensor in found)
     inputs = [part for one in collected.values() for part in (one.held_out, one.calibration)]
     numbers = sum(part.num_tokens for part in inputs)
-    assert kept_bytes(layers, recipe, work) == numbers * bytes_per_token(layers[0])
+    assert kept_bytes(layers, recipe, work) == numbers * bytes_per_token(layers[0], wanted_by(recipe))
 
 
 def test_the_workload_is_that_of_the_data(data):

@@ -27,9 +27,17 @@ def slow_sums(experts, tokens):
     return FeatureSums(phi.T @ phi, phi.T @ target, target.square().sum().item(), len(target))
 
 
+def slow_error(experts, tokens):
+    def of_columns(down, columns):
+        phi, target = slow_features(experts, tokens), tokens.targets.double() - slow_constants(experts, tokens)
+        return (target[:, columns] - phi @ down).square().sum().item()
+
+    return of_columns
+
+
 def fit(experts, tokens, held_out=None, **options):
     sums = slow_sums(experts, tokens)
-    others = slow_sums(experts, held_out) if held_out is not None else None
+    others = slow_error(experts, held_out) if held_out is not None else None
     return refit_by_least_squares(sums, others, experts.offsets.tolist(), experts.down.double(), **options)
 
 
@@ -97,6 +105,27 @@ def test_the_ridge_is_the_one_with_the_least_held_out_error():
         best = min(errors, key=errors.get)
         assert best == min(RIDGES) if noise == 0 else best >= 1
         torch.testing.assert_close(fit(experts, tokens, held_out), candidates[best], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("best", sorted(RIDGES))
+def test_whatever_ridge_is_best_is_found_by_some_columns_of_the_output(best):
+    generator = torch.Generator().manual_seed(0)
+    phi, target = (torch.randn(30, n, generator=generator, dtype=torch.float64) for n in (5, 200))
+    down = torch.randn(5, 200, generator=generator, dtype=torch.float64)
+    sums, asked = FeatureSums(phi.T @ phi, phi.T @ target, 0.0, 30), []
+    solution_of_ridge = {
+        ridge: refit_by_least_squares(sums, None, [0, 5], down, ridges=(ridge,)) for ridge in sorted(RIDGES)
+    }
+
+    def distance(candidate, columns):
+        assert candidate.shape[1] < 100 and candidate.shape == down[:, columns].shape
+        asked.append(candidate)
+        (ridge,) = [r for r, full in solution_of_ridge.items() if torch.allclose(full[:, columns], candidate)]
+        return abs(RIDGES.index(ridge) - RIDGES.index(best))
+
+    fitted = refit_by_least_squares(sums, distance, [0, 5], down)
+    torch.testing.assert_close(fitted, solution_of_ridge[best], rtol=1e-12, atol=1e-12)
+    assert len(asked) < len(RIDGES)
 
 
 def test_without_held_out_tokens_the_largest_ridge_is_taken():

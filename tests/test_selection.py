@@ -84,7 +84,7 @@ def test_costs_are_those_of_the_slow_greedy_elimination(experts, tokens):
         order, minima = slow_greedy(gram, down, damping_of(gram))
         costs = torch.tensor(minima, dtype=torch.float64).diff(prepend=torch.zeros(1, dtype=torch.float64))
         got = of_expert(experts, saliency, expert)
-        torch.testing.assert_close(got[order], costs.cummax(0).values, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(got[order], costs.cummax(0).values, rtol=2e-5, atol=1e-9)
         assert got.argsort(stable=True).tolist() == order
 
 
@@ -322,3 +322,24 @@ def test_experts_that_are_eliminated_together_get_what_each_gets_alone(monkeypat
     monkeypatch.setattr(gated_obs, "MOST_NUMBERS", 1)
     assert [len(members) for members in gated_obs.alike(experts)] == [1] * 5
     torch.testing.assert_close(saliency_by_gated_obs(experts, grams=grams), together)
+
+
+def test_a_small_ridge_or_a_failure_in_float32_is_eliminated_in_float64(monkeypatch, tokens):
+    experts = packed_experts(widths=WIDTHS)
+    grams, dtypes = grams_of(experts, tokens), []
+    slow = gated_obs.removal_costs
+
+    def watched(inverses, down, block):
+        dtypes.append(inverses.dtype)
+        if inverses.dtype == torch.float32 and fails:
+            raise torch.linalg.LinAlgError
+        return slow(inverses, down, block)
+
+    monkeypatch.setattr(gated_obs, "removal_costs", watched)
+    found = {}
+    for fails, ridge in ((False, 3e-3), (True, 3e-3), (False, 9e-4)):
+        found[fails, ridge] = saliency_by_gated_obs(experts, grams=grams, ridge=ridge)
+    each = len(dtypes) // 4
+    assert dtypes == [torch.float32] * each + [torch.float32, torch.float64] * each + [torch.float64] * each
+    torch.testing.assert_close(found[True, 3e-3], found[False, 3e-3], rtol=1e-4, atol=0)
+    assert (found[True, 3e-3] != found[False, 3e-3]).any()

@@ -66,8 +66,8 @@ def kept_bytes(layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
     held_out = min(FIT_HELD_OUT_TOKENS if wanted.keeps_tokens else HELD_OUT_TOKENS, work.num_held_out_tokens)
     fitted = min(recipe.fit_tokens, work.num_tokens) if wanted.keeps_tokens else 0
     together = max(groups_of_layers(layers, work, wanted), key=len)
-    of_group = sum(fitted * bytes_per_token(layer) for layer in together)
-    return of_group + sum(held_out * bytes_per_token(layer) for layer in layers)
+    of_group = sum(fitted * bytes_per_token(layer, wanted) for layer in together)
+    return of_group + sum(held_out * bytes_per_token(layer, wanted) for layer in layers)
 
 
 def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Workload) -> int:

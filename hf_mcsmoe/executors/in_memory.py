@@ -71,6 +71,7 @@ def collect(
     refuse_unreached: bool = True,
     keeps_streams: bool = False,
     keeps_inputs: bool = True,
+    keeps_outputs: bool = False,
 ) -> dict[str, Collected]:
     """Run the model once over the calibration data.
 
@@ -94,6 +95,7 @@ def collect(
         refuse_unreached: Whether it is an error that no token reached any of `layers`, which may be a few of many.
         keeps_streams: Keep the residual stream after each layer for the same tokens.
         keeps_inputs: Keep the inputs.
+        keeps_outputs: Keep what the experts gave for the same tokens, where their module gives nothing else.
 
     Returns:
         By the name of the layer. Memory: that of the statistics, and D + k numbers for each token that is kept, twice
@@ -126,7 +128,7 @@ def collect(
                 if observer.accumulator.reads_residual:
                     observer.residual = ResidualStream(model, observer.layer)
                     stack.enter_context(observer.residual.attached())
-                observer.keeps_inputs = keeps_inputs
+                observer.keeps_inputs, observer.keeps_outputs = keeps_inputs, keeps_outputs
                 stack.enter_context(observer.attached())
                 if keeps_streams:
                     stack.enter_context(watched_stream(model, observer.layer, observer.keep_stream))

@@ -107,6 +107,7 @@ def amounts(wanted: Wanted, *, keeps_tokens: bool) -> dict[str, int]:
         "held_out_tokens": FIT_HELD_OUT_TOKENS if wanted.keeps_tokens else HELD_OUT_TOKENS,
         "calibration_tokens": wanted.fit_tokens if wanted.keeps_tokens and keeps_tokens else 0,
         "every_expert_tokens": wanted.every_expert_tokens,
+        "keeps_outputs": wanted.outputs and keeps_tokens,
     }
 
 
@@ -125,7 +126,7 @@ def groups_of_layers(layers: list[MoeLayer], data: Calibration, wanted: Wanted) 
     groups: list[list[MoeLayer]] = []
     room = 0
     for layer in layers:
-        size = tokens * bytes_per_token(layer)
+        size = tokens * bytes_per_token(layer, wanted)
         if not groups or size > room:
             groups.append([])
             room = MOST_BYTES
@@ -134,7 +135,7 @@ def groups_of_layers(layers: list[MoeLayer], data: Calibration, wanted: Wanted) 
     return groups
 
 
-def bytes_per_token(layer: MoeLayer) -> int:
-    """What one kept token takes: hidden states for experts and router, slots and weights."""
+def bytes_per_token(layer: MoeLayer, wanted: Wanted) -> int:
+    """What one kept token takes: hidden states for experts and router, slots and weights, outputs where wanted."""
     element = next(iter(layer.expert_parameters.values())).element_size()
-    return 2 * layer.hidden_size * element + layer.top_k * (8 + element)
+    return (3 if wanted.outputs else 2) * layer.hidden_size * element + layer.top_k * (8 + element)

@@ -33,6 +33,7 @@ class LayerObserver:
         self.everywhere_tokens: Tensor | None = None  # positions of tokens that every expert is run on
         self.residual: ResidualStream | None = None
         self.keeps_inputs = True
+        self.keeps_outputs = False  # where the experts module gives what its experts give, and nothing else
         self.is_deaf = False  # while a backward pass runs layers once more
         self._waiting: list[list[Any]] = []  # (what was observed, d loss / d output) of the present batch
         self._logits: Tensor | None = None
@@ -48,7 +49,7 @@ class LayerObserver:
             handles.append(router.register_forward_hook(self._on_router_output))
         else:
             handles.append(experts.register_forward_pre_hook(self._on_experts, with_kwargs=True))
-        if self.accumulator.reads_gradients:
+        if self.accumulator.reads_gradients or self._reads_outputs:
             handles.append(experts.register_forward_hook(self._on_output))
         try:
             yield
@@ -71,6 +72,11 @@ class LayerObserver:
         """Keep the residual stream (T, D) after the layer for the sampled tokens of the present batch."""
         if self.sampled_tokens is not None:
             self._kept.streams.append(stream[self._sampled(len(stream)).to(stream.device)])
+
+    @property
+    def _reads_outputs(self) -> bool:
+        layer = self.layer
+        return self.keeps_outputs and not (layer.family.observes_router or layer.num_passive_rows)
 
     @property
     def _kept(self) -> LayerInputs:
@@ -119,7 +125,12 @@ class LayerObserver:
         self._record(*self.layer.family.routed_by_router(self.layer, args, output))
 
     def _on_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:  # noqa: ARG002
-        if not self.is_deaf and output.requires_grad:
+        if self.is_deaf:
+            return
+        if self._reads_outputs and self.sampled_tokens is not None:
+            rows = output.detach().reshape(-1, output.shape[-1])
+            self._kept.outputs.append(rows[self._sampled(len(rows)).to(rows.device)])
+        if self.accumulator.reads_gradients and output.requires_grad:
             of_batch = self._waiting[-1]
             output.register_hook(lambda gradient: of_batch.append(gradient.detach()))
 
@@ -171,6 +182,7 @@ def join_tied(observers: list[LayerObserver]) -> list[LayerObserver]:
             kept.experts_inputs += more.experts_inputs
             kept.router_calls += more.router_calls
             kept.streams += more.streams
+            kept.outputs += more.outputs
     return [observer for observer in observers if observer.layer.name not in tied]
 
 

@@ -17,7 +17,7 @@ from .processes import Processes, kind_of
 
 Result = tuple[LayerReport, dict[str, Any], dict[str, Tensor]]  # of `compress_layer`
 PARTS = ("held_out", "calibration")
-FIELDS = ("experts_inputs", "router_calls", "streams")
+FIELDS = ("experts_inputs", "router_calls", "streams", "outputs")
 
 
 @dataclass(frozen=True)

@@ -110,5 +110,5 @@ def has_room_for_tokens(
     if isinstance(data, SavedStatistics):
         return True
     tokens = min(recipe.fit_tokens, data.num_tokens) + FIT_HELD_OUT_TOKENS
-    needed = sum(tokens * bytes_per_token(layer) for layer in layers)
+    needed = sum(tokens * bytes_per_token(layer, wanted_by(recipe)) for layer in layers)
     return needed + result_bytes <= shutil.disk_usage(folder).free

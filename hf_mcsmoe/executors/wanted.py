@@ -15,6 +15,7 @@ class Wanted:
     fit_tokens: int  # about how many of these
     every_expert_tokens: int  # about how many tokens all experts are run on, where a statistic asks for that
     seed: int
+    outputs: bool = False  # and what the experts give for the kept tokens
     sequential: bool = False  # each layer's come from the compressed layers before it
     targets: str | None = None  # "original_stream": and what brings their residual stream back to the original's
 
@@ -31,6 +32,7 @@ def wanted_by(recipe: Recipe) -> Wanted:
         recipe.fit_tokens,
         recipe.every_expert_tokens,
         recipe.seed,
+        recipe.is_fitted_on_tokens and not recipe.sequential,  # then the forward ends before the layer's own experts
         recipe.sequential,
         recipe.targets,
     )
@@ -55,4 +57,5 @@ def wanted_by_all(recipes: Iterable[Recipe]) -> Wanted:
         each[0].fit_tokens,
         each[0].every_expert_tokens,
         each[0].seed,
+        any(one.outputs for one in each),
     )

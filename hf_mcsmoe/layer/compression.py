@@ -53,7 +53,7 @@ def compress_layer(
         What it did, the layer's entry in the layout of a mapped checkpoint, and what `record_statistics` keeps.
     """
     start = time.perf_counter()
-    before = targets_of(routed_output(layer, collected.held_out), collected.held_out)
+    before = targets_of(collected.held_out.outputs or routed_output(layer, collected.held_out), collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_sizes = sizes_after(layer, recipe, num_experts)
     original = functools.cache(lambda: original_tokens(layer, collected, with_targets=recipe.is_fitted_on_tokens))

@@ -14,18 +14,17 @@ from ..expert_values import PackedExperts
 from ..observation.beside_experts import BesideExperts, joint_down, joint_offsets, with_joint_down
 from ..observation.gated_features import (
     Activation,
-    FeatureSums,
     RoutedTokens,
     add_outputs,
-    apply_down,
     dense_gates,
     in_chunks,
     output_of_biases,
     sum_expert_grams,
     sum_features,
 )
+from ..observation.held_out_error import HeldOutError
 from ..observation.kept_features import KeptFeatures
-from ..observation.layer_inputs import LayerInputs, choice, relative_error
+from ..observation.layer_inputs import LayerInputs, choice
 from ..recipe import Recipe
 from ..refit import REFIT
 from ..selection import SELECTION
@@ -57,7 +56,7 @@ def with_answers(features: KeptFeatures) -> list[RoutedTokens]:
     for chunk, found in zip(in_chunks(batches), features, strict=True):
         output = output_of_biases(experts, chunk.gates.to(device))
         output = torch.zeros(chunk.hidden_states.shape, device=device) if output is None else output
-        outputs.append(add_outputs(experts, found, output))
+        outputs.append(add_outputs(experts.down, experts.offsets.tolist(), found, output))
     targets = torch.cat(outputs).split([len(batch.gates) for batch in batches]) if outputs else ()
     return [dataclasses.replace(b, targets=answer) for b, answer in zip(batches, targets, strict=True)]
 
@@ -180,37 +179,17 @@ def refit_down(
     option `ridges`. `features` are those of `experts` on `tokens`, where they are at hand. `beside` is fitted with
     them, from what it is, and stays or goes with them.
     """
+    judge = HeldOutError(experts, activation, held_out, beside) if held_out else None
     offsets, down = joint_offsets(experts, beside), joint_down(experts, beside)
     if offsets[-1] > MOST_JOINT_NEURONS:
         ridge = recipe.refit_options.get("ridges", (RIDGE,))[0]
         best = refit_by_passes(experts, activation, tokens, ridge, beside)
-        new = with_joint_down(experts, beside, best.float())
-        before, after = (relative_output_error(*of, activation, held_out) for of in ((experts, beside), new))
     else:
         sums = sum_features(experts, activation, tokens, features, beside)
-        others = sum_features(experts, activation, held_out, beside=beside) if held_out else None
-        down = down.to(sums.gram.dtype)
-        best = REFIT[recipe.refit](sums, others, offsets, down, **recipe.refit_options)
-        new = with_joint_down(experts, beside, best.float())
-        before, after = (relative(others, candidate) for candidate in (down, best))
+        best = REFIT[recipe.refit](sums, judge, offsets, down.to(sums.gram.dtype), **recipe.refit_options)
+    best = best.float()
+    before, after = (judge.relative(one) if judge else None for one in (down, best))
     if before is not None and after >= before:
         return FittedExperts(experts, before, after, False, beside)
-    return FittedExperts(new[0], before, after, True, new[1])
-
-
-@torch.no_grad()
-def relative_output_error(
-    experts: PackedExperts, beside: BesideExperts | None, activation: Activation, tokens: list[RoutedTokens]
-) -> float | None:
-    """Squared error over energy of the targets, token by token; None without tokens or where all targets are zero."""
-    outputs = [apply_down(experts, activation, batch) for batch in tokens]
-    if beside is not None:
-        outputs = [output + beside.output(batch) for output, batch in zip(outputs, tokens, strict=True)]
-    return relative_error([batch.targets for batch in tokens], outputs)
-
-
-def relative(sums: FeatureSums | None, down: Tensor) -> float | None:
-    """Squared error over energy of the targets; None without tokens or where the targets are all zero."""
-    if sums is None or sums.energy <= 0:
-        return None
-    return max(0.0, sums.error(down)) / sums.energy
+    experts, beside = with_joint_down(experts, beside, best)
+    return FittedExperts(experts, before, after, True, beside)

@@ -258,12 +258,11 @@ def apply_down(experts: PackedExperts, activation: Activation, batch: RoutedToke
     output = output_of_biases(experts, batch.gates)
     output = torch.zeros_like(batch.hidden_states, dtype=torch.float32) if output is None else output
     found = features_of_experts(experts, activation, batch.hidden_states, batch.gates)
-    return add_outputs(experts, found, output)
+    return add_outputs(experts.down, experts.offsets.tolist(), found, output)
 
 
-def add_outputs(experts: PackedExperts, found: list[tuple[Tensor, Tensor]], output: Tensor) -> Tensor:
-    """`output` (t, D) float32 with what experts make of their features added, in place."""
-    offsets = experts.offsets.tolist()
-    for expert, (tokens, features) in enumerate(found):
-        output.index_add_(0, tokens, features @ experts.down[offsets[expert] : offsets[expert + 1]].float())
+def add_outputs(down: Tensor, offsets: list[int], found: list[tuple[Tensor, Tensor]], output: Tensor) -> Tensor:
+    """`output` (t, C) float32 with what `down` (P, C) makes of the features of experts added, in place."""
+    for (start, end), (tokens, features) in zip(itertools.pairwise(offsets), found, strict=True):
+        output.index_add_(0, tokens, features @ down[start:end].float())
     return output

@@ -18,6 +18,7 @@ class LayerInputs:
     experts_inputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # (t, D), (t, k), (t, k)
     router_calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
     streams: list[Tensor] = field(default_factory=list)  # the residual stream after the layer, (t, D), if asked for
+    outputs: list[Tensor] = field(default_factory=list)  # what the experts gave, (t, D), if asked for and to be had
     # What the layer is to give beyond what its original experts give, (t, D) float32; empty: nothing.
     corrections: list[Tensor] = field(default_factory=list)
 

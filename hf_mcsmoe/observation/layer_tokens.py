@@ -59,16 +59,20 @@ def original_tokens(layer: MoeLayer, collected: Collected, *, with_targets: bool
             stacked = layer.family.stack(layer, {name: p.detach() for name, p in layer.expert_parameters.items()})
             original = as_float32(layer.family.view(layer, stacked))
             features = KeptFeatures(original, activation, calibration)
-            calibration = corrected(with_answers(features), collected.calibration)
-            held_out = corrected(with_answers(KeptFeatures(original, activation, held_out)), collected.held_out)
+            calibration = with_targets_of(features, collected.calibration)
+            held_out = with_targets_of(KeptFeatures(original, activation, held_out), collected.held_out)
     gates_of_kept = functools.partial(native_gates, layer, collected.calibration)
     return LayerTokens(activation, assignment, calibration, held_out, gates_of_kept, features)
 
 
-def corrected(batches: list[RoutedTokens], inputs: LayerInputs) -> list[RoutedTokens]:
-    """Batches whose targets are what the original experts give, with the corrections that the layer is to make."""
-    targets = targets_of([batch.targets for batch in batches], inputs)
-    return [dataclasses.replace(batch, targets=t) for batch, t in zip(batches, targets, strict=True)]
+def with_targets_of(features: KeptFeatures, inputs: LayerInputs) -> list[RoutedTokens]:
+    """Batches whose targets are what the original experts give, with the corrections that the layer is to make.
+
+    What the experts gave was kept, or else they run again.
+    """
+    answers = inputs.outputs or [batch.targets for batch in with_answers(features)]
+    targets = targets_of([answer.float() for answer in answers], inputs)
+    return [dataclasses.replace(batch, targets=t) for batch, t in zip(features.batches, targets, strict=True)]
 
 
 def tokens_of_result(

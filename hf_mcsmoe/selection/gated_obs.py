@@ -11,7 +11,10 @@ from ..selection import SELECTION
 # Energy of an expert that never answers, relative to the mean of all: small beside any that does.
 SILENT = 1e-6
 
-MOST_NUMBERS = 2**20  # of matrices (I, I) and (I, D) of the experts that are eliminated together: what a cache holds
+# Ridge from which on the elimination is float32: the condition of a damped Gram is at most its width over the ridge.
+LEAST_IN_FLOAT32 = 1e-3
+
+MOST_NUMBERS = 2**21  # of matrices (I, I) and (I, D) of the experts that are eliminated together: what a cache holds
 
 
 @SELECTION.register("gated_obs")
@@ -43,21 +46,34 @@ def saliency_by_gated_obs(
         block: Share of an expert's remaining neurons that go between two updates.
 
     Returns:
-        (P,) float64, >= 0: squared output error. Time O(I^3) for each expert; memory O(I^2 + I D) for one, or for as
+        (P,) float64, >= 0: squared output error. Grams are inverted in float64; the elimination is float32 from a
+        `ridge` of `LEAST_IN_FLOAT32` on. Time O(I^3) for each expert; memory O(I^2 + I D) for one, or for as
         many as have `MOST_NUMBERS` together.
     """
     energies = torch.stack([gram.diagonal().sum() / max(1, len(gram)) for gram in grams])
     mean = energies.mean()
     least = torch.where(mean > 0, mean * SILENT, 1)  # without any energy all neurons rank by |down|^2
-    damping = ridge * torch.maximum(energies, least)
+    energies = torch.maximum(energies, least)
     offsets, saliency = experts.offsets.tolist(), grams[0].new_zeros(experts.num_neurons)
     for members in alike(experts):
         starts = [offsets[e] for e in members]
-        down = torch.stack([experts.down[a : a + len(grams[members[0]])] for a in starts]).to(saliency.dtype)
-        inverses = inverse_of(torch.stack([grams[e] for e in members]), damping[members])
-        for start, costs in zip(starts, removal_costs(inverses, down, block), strict=True):
+        down = torch.stack([experts.down[a : a + len(grams[members[0]])] for a in starts])
+        unit = energies[members]
+        inverses = inverse_of(torch.stack([grams[e] for e in members]), ridge * unit) * unit[:, None, None]
+        found = costs_in_float32(inverses, down, block) if ridge >= LEAST_IN_FLOAT32 else None
+        if found is None:
+            found = removal_costs(inverses, down.to(inverses.dtype), block)
+        for start, costs in zip(starts, found * unit[:, None], strict=True):
             saliency[start : start + len(costs)] = costs
     return saliency
+
+
+def costs_in_float32(inverses: Tensor, down: Tensor, block: float) -> Tensor | None:
+    """`removal_costs` in half the time, and far less on most GPUs; None where the inverses ask for more precision."""
+    try:
+        return removal_costs(inverses.float(), down.float(), block).to(inverses.dtype)
+    except torch.linalg.LinAlgError:
+        return None
 
 
 def alike(experts: PackedExperts) -> Iterator[list[int]]:
