@@ -17,7 +17,8 @@ def find_shared_expert(layer: MoeLayer, modules: Mapping[str, nn.Module]) -> Sha
 
     It is a child of the block with "shared" in its name that ends with a plain linear layer to the hidden size. A
     child with "shared" and "gate" in its name is its gate, if it gives one number. That all this adds up is not
-    decided here: names could deceive, so the block is asked, see `observation.shared_features`.
+    decided here: names could deceive, so the block is asked, see `observation.shared_features`. A block with a norm
+    after the sum (A.X K1) fails that.
 
     Go without: shared experts that the router weighs (Inkling), that get other tokens than the routed ones do (Ernie
     VL: text and images) or other inputs (the dense parts of Gemma 4 and LongCat, experts in a latent space), ones of

@@ -37,10 +37,11 @@ from .sharing import share_experts
 def compress_layer(
     layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int, protected: Tensor | None = None
 ) -> tuple[LayerReport, dict[str, Any], dict[str, Tensor]]:
-    """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
+    """Compress one layer in place; a refit also changes its shared expert, see `layer.beside`.
 
-    A recipe that selects neurons or refits also needs all experts in float32, what `collected` kept of the calibration
-    tokens, `KeptFeatures` of these, and the sums of `FeatureSums` for the neurons that stay.
+    Extra memory: the new experts, and the members of one group in float32. A recipe that selects neurons or refits
+    also needs all experts in float32, what `collected` kept of the calibration tokens, `KeptFeatures` of these, and the
+    sums of `FeatureSums` for the neurons that stay.
 
     Args:
         layer: As found in the original model.

@@ -68,7 +68,7 @@ def routed_scale(layer: MoeLayer, inputs: LayerInputs) -> float | None:
         with watched(layer) as seen:
             shared.module(hidden_states)
         return 1.0 if torch.equal(seen["shared"], seen["down"]) else None
-    calls = ((hidden_states[None], *beside_hidden_states(inputs)), (hidden_states[None],))
+    calls = ((hidden_states[None], *beside_hidden_states(inputs, hidden_states.device)), (hidden_states[None],))
     arguments = next((call for call in calls if accepts(block, call)), None)
     if arguments is None:
         return None
@@ -126,9 +126,9 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def beside_hidden_states(inputs: LayerInputs) -> list[Tensor]:
+def beside_hidden_states(inputs: LayerInputs, device: torch.device) -> list[Tensor]:
     """What else of each token the router of the first batch was given: token ids, for routers that look them up."""
-    return [value for value in inputs.router_calls[0][0][1:] if isinstance(value, Tensor)]
+    return [value.to(device) for value in inputs.router_calls[0][0][1:] if isinstance(value, Tensor)]
 
 
 def accepts(module: nn.Module, arguments: tuple) -> bool:
