@@ -40,8 +40,8 @@ def compress_layer(
     """Compress one layer in place; a refit also changes its shared expert, see `layer.beside`.
 
     Extra memory: the new experts, and the members of one group in float32. A recipe that selects neurons or refits
-    also needs all experts in float32, what `collected` kept of the calibration tokens, `KeptFeatures` of these, and the
-    sums of `FeatureSums` for the neurons that stay.
+    also needs all experts in float32, what `collected` kept of the calibration tokens, `KeptFeatures` of these, and
+    the sums of `FeatureSums` for the neurons that stay.
 
     Args:
         layer: As found in the original model.
