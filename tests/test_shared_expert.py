@@ -19,14 +19,16 @@ from hf_mcsmoe.observation.shared_features import routed_scale, shared_features
 
 WITHOUT = (  # shared experts that a refit leaves alone, and families that have none
     "axk1",  # a norm comes after the sum
+    "ernie4_5_vl_moe",
     "ernie4_5_vl_moe_text",
+    "inkling_mm_model",
     "inkling_text",
     "longcat_flash",
     "gemma4_text",
     "mixtral",
 )
 BESIDE_BLOCK = ("granitemoeshared", "granitemoehybrid", "granitemoe_swa")
-SCALED = ("minimax_m3_vl_text",)
+SCALED = ("minimax_m3_vl", "minimax_m3_vl_text")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def tokens():
 
 
 def collected(model, layers, tokens):
-    how = {"progress": False, "held_out_tokens": 100, "calibration_tokens": 1000}
+    how = {"progress": False, "held_out_tokens": 100, "calibration_tokens": 1000, "refuse_unreached": False}
     return collect(model, layers, load_calibration(tokens), frozenset(), **how)
 
 
