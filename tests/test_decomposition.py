@@ -108,6 +108,18 @@ def test_metric_is_a_factor_of_the_gram(generator):
     torch.testing.assert_close(metric @ metric.T, gram)
 
 
+def test_metric_of_a_definite_gram_is_its_cholesky_factor_but_not_where_pivots_are_rounding(generator):
+    inputs = torch.randn(20, 8, generator=generator).double()
+    metric = input_metric(inputs.T @ inputs)
+    assert metric.shape == (8, 8) and torch.equal(metric, metric.tril())
+    torch.testing.assert_close(metric @ metric.T, inputs.T @ inputs)
+    inputs[:, 7] = inputs[:, :7].sum(1)
+    gram = inputs.T @ inputs
+    for rounding in (0.0, 1e-13):  # with the second one the Gram has a factor
+        gram.diagonal().add_(rounding)
+        assert input_metric(gram).shape == (8, 7)
+
+
 def test_identity_gram_gives_the_plain_svd(matrix):
     gram = torch.eye(matrix.shape[1]).double()
     for keep_rows in (0, 0.3, 1.0):

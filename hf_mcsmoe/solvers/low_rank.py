@@ -133,10 +133,16 @@ def decompose(
 def input_metric(gram: Tensor) -> Tensor:
     """C (I, s) with C C^T = Gram of the inputs (I, I), s its numerical rank; float64.
 
-    From the eigenvectors. Eigenvalues below I * eps of the largest are rounding of a float64 sum: they belong to
-    directions in which no input was seen, and are left out exactly. s is 0 for inputs that are all zero.
+    The Cholesky factor where all its pivots are more than rounding of a float64 sum, in a tenth of the time of the
+    eigenvectors, which are taken otherwise. Of these, eigenvalues below I * eps of the largest are rounding: they
+    belong to directions in which no input was seen, and are left out exactly. s is 0 for inputs that are all zero.
     """
-    values, vectors = torch.linalg.eigh(gram.double())
+    gram = gram.double()
+    factor, is_singular = torch.linalg.cholesky_ex(gram)
+    # A pivot may be I times as large as the least eigenvalue.
+    if not is_singular and (factor.diagonal().square() > _rounding(gram.diagonal().sum(), len(gram) ** 2)).all():
+        return factor
+    values, vectors = torch.linalg.eigh(gram)
     seen = values > _rounding(values.amax(), len(gram))
     return vectors[:, seen] * values[seen].sqrt()
 
