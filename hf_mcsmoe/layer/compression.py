@@ -13,35 +13,35 @@ from ..executors.in_memory import Collected
 from ..expert_values import PackedExperts
 from ..matching import MATCHING
 from ..matching.tokens import MatchingTokens, TrainableRouter, can_train_router
-from ..modeling.constant_outputs import fill_constants
 from ..modeling.experts import install_mapped, install_native, replace_experts
 from ..modeling.install_forms import install_ragged
-from ..observation.layer_inputs import LayerInputs, relative_error, routed_output, targets_of
+from ..observation.beside_experts import BesideExperts
+from ..observation.layer_inputs import relative_error, routed_output, targets_of
 from ..observation.layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_result
 from ..recipe import Recipe
 from ..report_types import factor_sizes
 from ..routing import ROUTING
 from ..sizes import Sizes, constant_sizes, expert_size, expert_sizes, neuron_size, shared_sizes
 from ..types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
+from .beside import beside_experts, with_change, write_beside
 from .constants import constants_of_layer, without_constants
 from .decomposition import decompose
+from .duplicates import duplicate_share, worth_collapsing
 from .fit import FittedExperts, fit_experts, refit_down
 from .merging import MergedLayer, merge_layer
 from .record import record_statistics
 from .router import RouterErrors, cut_router
 from .sharing import share_experts
 
-# Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
-WORTH_COLLAPSING = 0.1
-
 
 def compress_layer(
     layer: MoeLayer, recipe: Recipe, collected: Collected, num_experts: int, protected: Tensor | None = None
 ) -> tuple[LayerReport, dict[str, Any], dict[str, Tensor]]:
-    """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
+    """Compress one layer in place; a refit also changes its shared expert, see `layer.beside`.
 
-    A recipe that selects neurons or refits also needs all experts in float32, what `collected` kept of the calibration
-    tokens, `KeptFeatures` of these, and the sums of `FeatureSums` for the neurons that stay.
+    Extra memory: the new experts, and the members of one group in float32. A recipe that selects neurons or refits
+    also needs all experts in float32, what `collected` kept of the calibration tokens, `KeptFeatures` of these, and
+    the sums of `FeatureSums` for the neurons that stay.
 
     Args:
         layer: As found in the original model.
@@ -54,8 +54,7 @@ def compress_layer(
         What it did, the layer's entry in the layout of a mapped checkpoint, and what `record_statistics` keeps.
     """
     start = time.perf_counter()
-    held_out = collected.held_out
-    before = targets_of(held_out.outputs or routed_output(layer, held_out), held_out)
+    before = targets_of(collected.held_out.outputs or routed_output(layer, collected.held_out), collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_sizes = sizes_after(layer, recipe, num_experts)
     original = functools.cache(lambda: original_tokens(layer, collected, with_targets=recipe.is_fitted_on_tokens))
@@ -66,18 +65,19 @@ def compress_layer(
     if constants is not None:
         layout["num_constants"] = len(constants)
         new_sizes += constant_sizes(layer, len(constants))
+    beside = beside_experts(layer, recipe, collected, constants)
     of_original = original() if reads_tokens(recipe) else None  # before the router and the experts become others
     is_cut = is_router_cut(layer, merged) and (reads_tokens(recipe) or recipe.router is not None)
     rows = cut_router(layer, recipe, merged, collected, before) if is_cut else None
     tokens = tokens_of_layer(layer, collected, merged, of_original, constants) if of_original is not None else None
-    fitted = fit_and_match(layer, recipe, merged, tokens, collected) if recipe.is_fitted else None
+    fitted = fit_and_match(layer, recipe, merged, tokens, collected, beside) if recipe.is_fitted else None
     if recipe.shares_experts:
         share_experts(layer, recipe, merged, collected.statistics, original, layout)
     else:
         install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
-    if constants is not None:
-        fill_constants(layer.experts, constants)
-    after = routed_output(layer, held_out, reroute=merged.routing.rows is not None or trains_router(layer, recipe))
+    changed = write_beside(layer, fitted.beside if fitted is not None else None, constants)
+    reroute = merged.routing.rows is not None or trains_router(layer, recipe)
+    after = with_change(routed_output(layer, collected.held_out, reroute=reroute), changed, collected.held_out)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
     gone = num_experts * layer.intermediate_size - sum(widths)
     report = LayerReport(
@@ -97,7 +97,7 @@ def compress_layer(
         dominant_of_group=merged.groups.dominant_of_group.tolist(),
         usage_frequency=collected.statistics.usage_frequency.tolist(),
         widths=widths,
-        **guarded_errors(fitted, rows),
+        **guarded_steps(fitted, rows, changed),
         protected_experts=protected.nonzero().flatten().tolist() if protected is not None else [],
         width_before=layer.intermediate_size,
         **factor_sizes(layout),
@@ -105,11 +105,14 @@ def compress_layer(
     return report, layout, record_statistics(layer.name, collected.statistics, merged.similarity)
 
 
-def guarded_errors(fitted: FittedExperts | None, rows: RouterErrors | None) -> dict[str, float | None]:
+def guarded_steps(
+    fitted: FittedExperts | None, rows: RouterErrors | None, changed: BesideExperts | None
+) -> dict[str, float | bool | None]:
     """What held-out tokens said of the refit and of the router's rule, for the report; None: there was none."""
     return {
         "refit_error_before": fitted.error_before_refit if fitted is not None else None,
         "refit_error_after": fitted.error_after_refit if fitted is not None else None,
+        "shared_expert_refitted": changed is not None,
         "router_error_before": rows.dominant_rows if rows is not None else None,
         "router_error_after": rows.rule if rows is not None else None,
     }
@@ -133,12 +136,17 @@ def sizes_after(layer: MoeLayer, recipe: Recipe, num_experts: int) -> Sizes:
 
 
 def fit_and_match(
-    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, collected: Collected
+    layer: MoeLayer,
+    recipe: Recipe,
+    merged: MergedLayer,
+    tokens: LayerTokens | None,
+    collected: Collected,
+    beside: BesideExperts | None,
 ) -> FittedExperts | None:
     """Select neurons, refit and train, as the recipe says; None where all experts stay as they are."""
     if is_unchanged(layer, recipe, merged):
         return None
-    fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics)
+    fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics, beside)
     return match_layer(layer, recipe, collected, tokens, fitted) if recipe.matching is not None else fitted
 
 
@@ -178,7 +186,12 @@ def reads_tokens(recipe: Recipe) -> bool:
 
 
 def fit_layer(
-    layer: MoeLayer, recipe: Recipe, merged: MergedLayer, tokens: LayerTokens | None, statistics: LayerStatistics
+    layer: MoeLayer,
+    recipe: Recipe,
+    merged: MergedLayer,
+    tokens: LayerTokens | None,
+    statistics: LayerStatistics,
+    beside: BesideExperts | None,
 ) -> FittedExperts:
     """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
     experts = merged.unions or as_float32(layer.family.view(layer, merged.parameters))
@@ -186,9 +199,8 @@ def fit_layer(
     supply = {"statistics": lambda: statistics, "experts_kept": lambda: merged.experts_kept}
     if tokens is None:
         return fit_experts(experts, layer.family.activation(layer), recipe, budget, [], [], supply)
-    return fit_experts(
-        experts, tokens.activation, recipe, budget, tokens.calibration, tokens.held_out, supply, tokens.features
-    )
+    kept = tokens.calibration, tokens.held_out
+    return fit_experts(experts, tokens.activation, recipe, budget, *kept, supply, tokens.features, beside)
 
 
 def is_unchanged(layer: MoeLayer, recipe: Recipe, merged: MergedLayer) -> bool:
@@ -204,6 +216,8 @@ def match_layer(
 ) -> FittedExperts:
     """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now.
 
+    What the first refit found beside the experts counts as given while they are trained; the second one goes on there.
+
     Without held-out tokens nothing could tell whether that made the layer better: it is left as it is.
     """
     if not tokens.held_out:
@@ -213,14 +227,16 @@ def match_layer(
     if trains_router(layer, recipe):
         router = TrainableRouter(layer, collected.calibration, tokens.assignment)
         others = router.beside(collected.held_out)
-    seen, held_out = MatchingTokens(tokens.calibration, router), MatchingTokens(tokens.held_out, others)
+    seen = MatchingTokens(tokens.calibration, router, fitted.beside)
+    held_out = MatchingTokens(tokens.held_out, others, fitted.beside)
     experts = MATCHING[recipe.matching](fitted.experts, tokens.activation, seen, held_out, **how)
     if router is not None:
         router.write_back(layer.router)
     fitted = dataclasses.replace(fitted, experts=experts)
     if recipe.refit is None:
         return fitted
-    return refit_down(experts, tokens.activation, recipe, seen.batches(), held_out.batches())
+    kept = seen.batches(), held_out.batches()
+    return refit_down(experts, tokens.activation, recipe, *kept, beside=fitted.beside)
 
 
 def trains_router(layer: MoeLayer, recipe: Recipe) -> bool:
@@ -279,21 +295,3 @@ def follow(layer: MoeLayer, first: MoeLayer, report: LayerReport, layout: dict[s
         install_mapped(layer, new, routing.slot_map, layout)
     else:
         install_native(layer, new, routing.rows, groups.group_of_expert)
-
-
-def duplicate_share(groups: ExpertGroups, sample: LayerInputs) -> float | None:
-    """Share of the held-out slots whose expert an earlier slot of the same token has; None without tokens."""
-    if sample.is_empty:
-        return None
-    slots = torch.cat([index.cpu() for _, index, _ in sample.experts_inputs])
-    weights = torch.cat([weights.cpu() for _, _, weights in sample.experts_inputs])
-    experts = groups.group_of_expert[slots].masked_fill(weights == 0, -1)
-    same = (experts[:, :, None] == experts[:, None, :]) & (experts >= 0)[:, None, :]
-    return same.tril(-1).any(-1).double().mean().item()
-
-
-def worth_collapsing(recipe: Recipe, share: float | None) -> bool:
-    """Whether duplicates of a token are computed once: as the recipe says, or where there are enough of them."""
-    if recipe.collapse_duplicates == "auto":
-        return share is not None and share >= WORTH_COLLAPSING
-    return bool(recipe.collapse_duplicates)
