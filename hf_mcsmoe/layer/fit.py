@@ -25,6 +25,7 @@ from ..observation.gated_features import (
 from ..observation.held_out_error import HeldOutError
 from ..observation.kept_features import KeptFeatures
 from ..observation.layer_inputs import LayerInputs, choice
+from ..observation.sinks import with_bounded_sinks
 from ..recipe import Recipe
 from ..refit import REFIT
 from ..selection import SELECTION
@@ -107,6 +108,7 @@ def fit_experts(
         known: Features that may be those of `experts` on `tokens`.
         beside: What the refit fits beside the experts.
     """
+    tokens, held_out = with_bounded_sinks(tokens), with_bounded_sinks(held_out)
     is_known = known is not None and known.serves(experts, tokens)
     features = known if is_known else KeptFeatures(experts, activation, tokens)
     columns = None
@@ -180,8 +182,9 @@ def refit_down(
 
     Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`, which takes the first of the
     option `ridges`. `features` are those of `experts` on `tokens`, where they are at hand. `beside` is fitted with
-    them, from what it is, and stays or goes with them.
+    them, from what it is, and stays or goes with them. No token counts more than `with_bounded_sinks` allows.
     """
+    tokens, held_out = with_bounded_sinks(tokens), with_bounded_sinks(held_out)
     judge = HeldOutError(experts, activation, held_out, beside) if held_out else None
     offsets, down = joint_offsets(experts, beside), joint_down(experts, beside)
     if offsets[-1] > MOST_JOINT_NEURONS:

@@ -42,6 +42,7 @@ class BesideExperts:
         found = []
         if self.widths[0]:
             features = self.shared(batch.hidden_states).to(device)
+            features = features if batch.scale is None else features * batch.scale.to(device)[:, None]
             found.append((torch.arange(len(features), device=device), features))
         if self.widths[1]:
             gates = batch.dropped_gates.to(device)

@@ -35,6 +35,7 @@ class RoutedTokens:
     gates: Tensor  # (t, M): 0 where an expert does not see the token; slots of one expert are summed
     targets: Tensor | None  # (t, D); None where nobody asks
     dropped_gates: Tensor | None = None  # (t, R): of dropped slots that add constants; None where there are none
+    scale: Tensor | None = None  # (t,): what gates and targets were multiplied with, and features beside them are
 
     def part(self, tokens: slice) -> "RoutedTokens":
         """Some of the tokens."""
