@@ -39,3 +39,13 @@ def check_real(name: str, least: float, most: float, remedy: str) -> Check:
             raise ValueError(f"{name} is {value!r}, it must be in [{least}, {most}]. {remedy}")
 
     return check
+
+
+def check_flag(name: str, remedy: str) -> Check:
+    """A check that the option `name` is True or False."""
+
+    def check(options: Mapping[str, Any]) -> None:
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} is {options[name]!r}, it must be True or False. {remedy}")
+
+    return check

@@ -85,7 +85,8 @@ class Recipe(LayerBudget):
             the router stay, in the mapped layout. None stores experts one by one.
         router: What the rows of a router that is cut become, in the native layout; None, or a rule that does not lower
             a layer's error on held-out tokens, keeps the rows of the dominant experts.
-        refit: How the down projections of all experts of a layer are fitted to its original output; None leaves them.
+        refit: How the down projections of all experts of a layer, with that of a shared expert and the constants of
+            dropped slots, are fitted to its original output; None leaves them.
         matching: How each layer alone is trained to give what the original one gave, after the refit; None does not.
         sequential: Statistics and tokens of each layer come from the compressed layers before it, not from the
             original ones. One forward for each layer, up to that layer.

@@ -19,7 +19,9 @@ class LayerReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
-    relative_error: float | None  # |new - wanted output|^2 / |wanted output|^2 on held-out tokens; None: no tokens
+    # |new - wanted output|^2 / |wanted output|^2 of routed experts on held-out tokens, with what a refitted shared
+    # expert gives more than before; None: no tokens
+    relative_error: float | None
     duplicate_share: float | None  # share of a held-out token's slots that hit an expert it already has
     unused_experts: int  # slots that no calibration token selected
     seconds: float
@@ -34,6 +36,7 @@ class LayerReport:
     width_before: int | None = None  # neurons of each original expert; None: an older report
     rank: int | None = None  # of the low-rank factors of each matrix; None: dense experts
     sparse_rows: int | None = None  # rows of the sparse parts beside them, of all matrices and experts together
+    shared_expert_refitted: bool = False  # the refit changed its last matrix too; no other field counts that expert
     protected_experts: list[int] = field(default_factory=list)  # of the N: neither dropped nor merged
 
 

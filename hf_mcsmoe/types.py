@@ -97,6 +97,17 @@ def permute(name: str, tensor: Tensor, order: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class SharedExpert:
+    """An expert beside the routed ones of a layer, which every token goes to."""
+
+    name: str  # its path
+    module: nn.Module
+    down: nn.Linear  # its last matrix, (D, its width)
+    gate: nn.Linear | None  # the sigmoid of its output weighs what the expert gives; None: it counts in full
+    in_block: bool  # the block that holds router and experts calls it; else what holds the block does
+
+
+@dataclass(frozen=True, eq=False)
 class MoeLayer:
     """One MoE layer of a model: where its router and experts are, and their sizes."""
 
@@ -117,6 +128,7 @@ class MoeLayer:
     experts_per_group: int = 1  # the least number of rows that such a group must keep
     num_passive_rows: int = 0  # rows of the router after the N: identity experts, a skip slot, shared experts
     num_identity_slots: int = 0  # slots N, N + 1, ... that the experts module answers with its input
+    shared: SharedExpert | None = None  # whose last matrix can be fitted; None: there is none of that kind
 
     @property
     def expert_parameters(self) -> dict[str, Tensor]:

@@ -10,11 +10,7 @@ from torch.nn.functional import relu, silu
 
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.grouping.dominant_experts import group_around_dominant_experts
-from hf_mcsmoe.layer.compression import (
-    WORTH_COLLAPSING,
-    duplicate_share,
-    worth_collapsing,
-)
+from hf_mcsmoe.layer.duplicates import WORTH_COLLAPSING, duplicate_share, worth_collapsing
 from hf_mcsmoe.layer.merging import group_experts, merge_groups
 from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.observation.layer_inputs import LayerInputs, relative_error, routed_output

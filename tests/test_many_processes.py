@@ -40,12 +40,14 @@ CASES = {
         {"allocation": "removal_curve", "selection": "joint_obs"},
     ),
     "unions of neurons": ("qwen3_moe", "m-smoe-union", {}),
+    "a shared expert": ("deepseek_v3", "frequency", {"layout": "native", "refit": "least_squares"}),
+    "a shared expert and constants": ("qwen2_moe", "mone", {"refit": "least_squares"}),
     "factors": ("olmoe", "mc-smoe", {}),
     "a shared base": ("qwen3_moe", "resmoe", {}),
     "a trained router": ("qwen3_moe", "m-smoe", {"matching": "adam", "matching_options": {"router": True}}),
     "experts of their own": ("switch_transformers", "m-smoe", {}),
 }
-FAST = ("sums, one budget for all layers", "kept tokens, refit, ragged")
+FAST = ("sums, one budget for all layers", "kept tokens, refit, ragged", "a shared expert and constants")
 
 
 def batches(rows, batch_size):

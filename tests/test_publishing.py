@@ -297,6 +297,13 @@ def test_the_method_cites_its_paper_and_names_what_was_changed():
     assert "expert-pruning" in pruned.data.tags and "importance" not in "\n".join(section(pruned, "Method"))
 
 
+def test_the_method_says_in_how_many_layers_the_shared_expert_changed():
+    assert "shared expert" not in card_of().text
+    layers = [replace(layer, shared_expert_refitted=place in (1, 3)) for place, layer in enumerate(LAYERS)]
+    changed = section(card_of(compression_report(layers=layers)), "Method")
+    assert "The refit also changed the shared expert of 2 layers." in "\n".join(changed)
+
+
 def test_calibration_and_recipe_are_in_the_card():
     card = card_of()
     lines = section(card, "Calibration data")

@@ -117,6 +117,14 @@ def test_widths_that_differ_and_ranks_are_shown(tmp_path):
     assert (cells["width"], cells["rank"], cells["layer"]) == ("48 → 8 to 40", "16 + 1,200 rows", "encoder.block")
 
 
+def test_a_refitted_shared_expert_is_said(tmp_path):
+    values = synthetic_report(3, 6).to_dict()
+    assert "shared expert" not in page_of(tmp_path, values).text["Layers"]
+    values["layers"][2]["shared_expert_refitted"] = True
+    text = page_of(tmp_path, values).text["Layers"]
+    assert "The refit also changed the shared expert of 1 of the layers." in text
+
+
 def test_scores_on_the_page_are_those_of_the_report(tmp_path):
     page = page_of(tmp_path, synthetic_report(2, 4), EVALUATION)
     _, *rows = page.tables["Quality"]

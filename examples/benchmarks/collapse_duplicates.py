@@ -3,7 +3,7 @@
     python examples/benchmarks/collapse_duplicates.py
 
 One mapped layer, grouped implementation; both settings take turns. The share where the ratio passes 1 is
-`WORTH_COLLAPSING` in `hf_mcsmoe/layer_compression.py`.
+`WORTH_COLLAPSING` in `hf_mcsmoe/layer/duplicates.py`.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from ..executors.in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS
 from ..executors.kept_inputs import bytes_per_token, groups_of_layers
 from ..executors.wanted import wanted_by
 from ..fitting import activation_bytes
+from ..layer.beside import shared_width
 from ..layer.fit import MOST_JOINT_NEURONS
 from ..layer.parts import MOST_NEURONS
 from ..recipe import Recipe
@@ -106,8 +107,10 @@ def layer_work_bytes(layer: MoeLayer, recipe: Recipe, num_experts: int, work: Wo
         grams = max(grams, 8 * slots * width**2 + 24 * slots * width * (slots * width + hidden))
     fitted = 4 * neurons * (size.matrix_entries // width)
     if recipe.refit is not None:
+        shared = shared_width(layer, recipe)
+        neurons += shared
         joint = 8 * (4 * neurons**2 + 4 * neurons * hidden)
-        passes = 16 * num_experts * (united * share) ** 2 + 40 * neurons * hidden
+        passes = 16 * (num_experts * (united * share) ** 2 + shared**2) + 40 * neurons * hidden
         fitted += int(joint if neurons <= MOST_JOINT_NEURONS else passes)
     return total + max(grams, fitted)
 

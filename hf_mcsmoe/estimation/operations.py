@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..executors.in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS
 from ..executors.wanted import wanted_by
 from ..families import find_layers
+from ..layer.beside import shared_width
 from ..layer.fit import MOST_JOINT_NEURONS
 from ..loading import empty_model
 from ..recipe import Recipe
@@ -181,13 +182,15 @@ def fit_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, tokens: in
             total += joint_operations(int(num_experts * width), neurons, hidden, chosen * width, tokens)
     if recipe.refit is None:
         return total
-    kept = chosen * width * share  # neurons that a token reaches
-    features = 2 * (tokens + held_out) * kept * inner
+    shared = shared_width(layer, recipe)
+    neurons += shared
+    kept = chosen * width * share + shared  # neurons that a token reaches
+    features = 2 * (tokens + held_out) * (chosen * width * share * inner + shared / original * entries)
     if neurons <= MOST_JOINT_NEURONS:
         sums = (tokens + held_out) * (kept**2 + 2 * kept * hidden)
         solves = len(RIDGES) * (neurons**3 / 3 + 4 * neurons**2 * hidden)
         return total + Operations(float32=features + sums, float64=solves)
     one_pass = features + 4 * tokens * kept * hidden
-    solves = CONJUGATE_STEPS * 2 * num_experts * (width * share) ** 2 * hidden
-    grams = 2 * tokens * chosen * (width * share) ** 2
+    solves = CONJUGATE_STEPS * 2 * (num_experts * (width * share) ** 2 + shared**2) * hidden
+    grams = 2 * tokens * (chosen * (width * share) ** 2 + shared**2)
     return total + Operations(float32=CONJUGATE_STEPS * one_pass + grams, float64=solves)

@@ -1,5 +1,6 @@
 """What a model family must tell: where routers and experts are, and how their tensors are laid out."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ..types import ExpertFormat, ExpertWeights, MoeLayer
 from .names import TOP_K_NAMES, find_router, read_attribute
+from .shared_experts import find_shared_expert, without_ties
 
 ROUTED_ARGUMENTS = 3  # hidden_states, top_k_index, top_k_weights
 
@@ -171,8 +173,11 @@ def find_layers(model: nn.Module) -> list[MoeLayer]:
         family = next((family for family in FAMILIES if name and family.match(name, module)), None)
         layer = family.describe(name, module, modules, config) if family is not None else None
         if layer is not None:
-            layers.append(layer)
-    return layers
+            layers.append(dataclasses.replace(layer, shared=find_shared_expert(layer, modules)))
+    if all(layer.shared is None for layer in layers):
+        return layers
+    tied = tied_layers(layers)
+    return without_ties(layers, model, {*tied, *(first.name for first in tied.values())})
 
 
 def tied_layers(layers: Sequence[MoeLayer]) -> dict[str, MoeLayer]:

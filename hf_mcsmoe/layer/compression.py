@@ -10,18 +10,20 @@ from torch import Tensor
 from ..decomposition import DECOMPOSITION
 from ..executors.in_memory import Collected
 from ..expert_values import PackedExperts
-from ..modeling.constant_outputs import fill_constants
 from ..modeling.experts import install_mapped, install_native, replace_experts
 from ..modeling.install_forms import install_ragged
-from ..observation.layer_inputs import LayerInputs, relative_error, routed_output, targets_of
+from ..observation.beside_experts import BesideExperts
+from ..observation.layer_inputs import relative_error, routed_output, targets_of
 from ..observation.layer_tokens import LayerTokens, as_float32, original_tokens, tokens_of_result
 from ..recipe import Recipe
 from ..report_types import factor_sizes
 from ..routing import ROUTING
 from ..sizes import Sizes, constant_sizes, expert_size, expert_sizes, neuron_size, shared_sizes
 from ..types import ExpertGroups, ExpertWeights, LayerReport, LayerStatistics, MoeLayer
+from .beside import beside_experts, with_change, write_beside
 from .constants import constants_of_layer, without_constants
 from .decomposition import decompose
+from .duplicates import duplicate_share, worth_collapsing
 from .fit import FittedExperts, fit_experts
 from .matching import match_layer, trains_router
 from .merging import MergedLayer, merge_layer
@@ -29,9 +31,6 @@ from .record import record_statistics
 from .removal import LayerNeurons
 from .router import RouterErrors, cut_router
 from .sharing import share_experts
-
-# Share of duplicate slots from which computing them once is faster (examples/benchmarks/collapse_duplicates.py).
-WORTH_COLLAPSING = 0.1
 
 
 def compress_layer(
@@ -42,10 +41,11 @@ def compress_layer(
     protected: Tensor | None = None,
     neurons: LayerNeurons | None = None,
 ) -> tuple[LayerReport, dict[str, Any], dict[str, Tensor]]:
-    """Compress one layer in place. Extra memory: the new experts, and the members of one group in float32.
+    """Compress one layer in place; a refit also changes its shared expert, see `layer.beside`.
 
-    A recipe that selects neurons or refits also needs all experts in float32, what `collected` kept of the calibration
-    tokens, `KeptFeatures` of these, and the sums of `FeatureSums` for the neurons that stay.
+    Extra memory: the new experts, and the members of one group in float32. A recipe that selects neurons or refits
+    also needs all experts in float32, what `collected` kept of the calibration tokens, `KeptFeatures` of these, and
+    the sums of `FeatureSums` for the neurons that stay.
 
     Args:
         layer: As found in the original model.
@@ -59,8 +59,7 @@ def compress_layer(
         What it did, the layer's entry in the layout of a mapped checkpoint, and what `record_statistics` keeps.
     """
     start = time.perf_counter()
-    held_out = collected.held_out
-    before = targets_of(held_out.outputs or routed_output(layer, held_out), held_out)
+    before = targets_of(collected.held_out.outputs or routed_output(layer, collected.held_out), collected.held_out)
     size, per_neuron = expert_size(layer), neuron_size(layer)
     new_sizes = sizes_after(layer, recipe, num_experts)
     original = functools.cache(lambda: original_tokens(layer, collected, with_targets=recipe.is_fitted_on_tokens))
@@ -71,18 +70,19 @@ def compress_layer(
     if constants is not None:
         layout["num_constants"] = len(constants)
         new_sizes += constant_sizes(layer, len(constants))
+    beside = beside_experts(layer, recipe, collected, constants)
     of_original = original() if reads_tokens(recipe) else None  # before the router and the experts become others
     is_cut = is_router_cut(layer, merged) and (reads_tokens(recipe) or recipe.router is not None)
     rows = cut_router(layer, recipe, merged, collected, before) if is_cut else None
     tokens = tokens_of_layer(layer, collected, merged, of_original, constants) if of_original is not None else None
-    fitted = fit_and_match(layer, recipe, merged, tokens, collected, neurons) if recipe.is_fitted else None
+    fitted = fit_and_match(layer, recipe, merged, tokens, collected, beside, neurons) if recipe.is_fitted else None
     if recipe.shares_experts:
         share_experts(layer, recipe, merged, collected.statistics, original, layout)
     else:
         install(layer, recipe, merged, tokens, fitted, layout, is_cut=is_cut)
-    if constants is not None:
-        fill_constants(layer.experts, constants)
-    after = routed_output(layer, held_out, reroute=merged.routing.rows is not None or trains_router(layer, recipe))
+    changed = write_beside(layer, fitted.beside if fitted is not None else None, constants)
+    reroute = merged.routing.rows is not None or trains_router(layer, recipe)
+    after = with_change(routed_output(layer, collected.held_out, reroute=reroute), changed, collected.held_out)
     widths = fitted.experts.widths.tolist() if fitted is not None else [layer.intermediate_size] * num_experts
     gone = num_experts * layer.intermediate_size - sum(widths)
     report = LayerReport(
@@ -102,7 +102,7 @@ def compress_layer(
         dominant_of_group=merged.groups.dominant_of_group.tolist(),
         usage_frequency=collected.statistics.usage_frequency.tolist(),
         widths=widths,
-        **guarded_errors(fitted, rows),
+        **guarded_steps(fitted, rows, changed),
         protected_experts=protected.nonzero().flatten().tolist() if protected is not None else [],
         width_before=layer.intermediate_size,
         **factor_sizes(layout),
@@ -110,11 +110,14 @@ def compress_layer(
     return report, layout, record_statistics(layer.name, collected.statistics, merged.similarity)
 
 
-def guarded_errors(fitted: FittedExperts | None, rows: RouterErrors | None) -> dict[str, float | None]:
+def guarded_steps(
+    fitted: FittedExperts | None, rows: RouterErrors | None, changed: BesideExperts | None
+) -> dict[str, float | bool | None]:
     """What held-out tokens said of the refit and of the router's rule, for the report; None: there was none."""
     return {
         "refit_error_before": fitted.error_before_refit if fitted is not None else None,
         "refit_error_after": fitted.error_after_refit if fitted is not None else None,
+        "shared_expert_refitted": changed is not None,
         "router_error_before": rows.dominant_rows if rows is not None else None,
         "router_error_after": rows.rule if rows is not None else None,
     }
@@ -148,13 +151,14 @@ def fit_and_match(
     merged: MergedLayer,
     tokens: LayerTokens | None,
     collected: Collected,
+    beside: BesideExperts | None,
     neurons: LayerNeurons | None,
 ) -> FittedExperts | None:
     """Select neurons, refit and train, as the recipe says; None where all experts stay as they are."""
     neurons = neurons or neurons_of(layer, recipe, merged.groups.num_groups)
     if is_unchanged(layer, merged, neurons):
         return None
-    fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics, neurons)
+    fitted = fit_layer(layer, recipe, merged, tokens, collected.statistics, beside, neurons)
     return match_layer(layer, recipe, collected, tokens, fitted) if recipe.matching is not None else fitted
 
 
@@ -199,6 +203,7 @@ def fit_layer(
     merged: MergedLayer,
     tokens: LayerTokens | None,
     statistics: LayerStatistics,
+    beside: BesideExperts | None,
     neurons: LayerNeurons,
 ) -> FittedExperts:
     """Select neurons and refit, as the recipe says; without tokens by statistics alone."""
@@ -207,8 +212,8 @@ def fit_layer(
     how = {"supply": supply, "saliency": neurons.saliency}
     if tokens is None:
         return fit_experts(experts, layer.family.activation(layer), recipe, neurons.number, [], [], **how)
-    kept = tokens.calibration, tokens.held_out
-    return fit_experts(experts, tokens.activation, recipe, neurons.number, *kept, known=tokens.features, **how)
+    kept, how["known"], how["beside"] = (tokens.calibration, tokens.held_out), tokens.features, beside
+    return fit_experts(experts, tokens.activation, recipe, neurons.number, *kept, **how)
 
 
 def is_unchanged(layer: MoeLayer, merged: MergedLayer, neurons: LayerNeurons) -> bool:
@@ -265,21 +270,3 @@ def follow(layer: MoeLayer, first: MoeLayer, report: LayerReport, layout: dict[s
         install_mapped(layer, new, routing.slot_map, layout)
     else:
         install_native(layer, new, routing.rows, groups.group_of_expert)
-
-
-def duplicate_share(groups: ExpertGroups, sample: LayerInputs) -> float | None:
-    """Share of the held-out slots whose expert an earlier slot of the same token has; None without tokens."""
-    if sample.is_empty:
-        return None
-    slots = torch.cat([index.cpu() for _, index, _ in sample.experts_inputs])
-    weights = torch.cat([weights.cpu() for _, _, weights in sample.experts_inputs])
-    experts = groups.group_of_expert[slots].masked_fill(weights == 0, -1)
-    same = (experts[:, :, None] == experts[:, None, :]) & (experts >= 0)[:, None, :]
-    return same.tril(-1).any(-1).double().mean().item()
-
-
-def worth_collapsing(recipe: Recipe, share: float | None) -> bool:
-    """Whether duplicates of a token are computed once: as the recipe says, or where there are enough of them."""
-    if recipe.collapse_duplicates == "auto":
-        return share is not None and share >= WORTH_COLLAPSING
-    return bool(recipe.collapse_duplicates)

@@ -20,13 +20,15 @@ def constants_of_layer(recipe: Recipe, statistics: LayerStatistics, groups: Expe
 
 
 def without_constants(original: LayerTokens, tokens: LayerTokens, dropped: Tensor, constants: Tensor) -> LayerTokens:
-    """Tokens whose targets are what is left for the experts when the constants of dropped slots have been added."""
+    """Tokens whose targets are what is left for the experts when the constants of dropped slots have been added.
+
+    They also get the gates of these slots, (t, R), so that the constants can be fitted with the experts.
+    """
     vectors = constants.float()
 
     def what_is_left(batch: RoutedTokens, gates: Tensor) -> RoutedTokens:
-        if batch.targets is None:
-            return batch
-        return dataclasses.replace(batch, targets=batch.targets - gates @ vectors.to(gates.device))
+        targets = None if batch.targets is None else batch.targets - gates @ vectors.to(gates.device)
+        return dataclasses.replace(batch, targets=targets, dropped_gates=gates)
 
     calibration, held_out = (
         [what_is_left(batch, first.gates[:, dropped]) for first, batch in zip(before, now, strict=True)]

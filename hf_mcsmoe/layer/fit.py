@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
+from ..observation.beside_experts import BesideExperts, joint_down, joint_offsets, with_joint_down
 from ..observation.gated_features import (
     Activation,
     RoutedTokens,
@@ -24,6 +25,7 @@ from ..observation.gated_features import (
 from ..observation.held_out_error import HeldOutError
 from ..observation.kept_features import KeptFeatures
 from ..observation.layer_inputs import LayerInputs, choice
+from ..observation.sinks import with_bounded_sinks
 from ..recipe import Recipe
 from ..refit import REFIT
 from ..selection import SELECTION
@@ -45,6 +47,7 @@ class FittedExperts:
     error_before_refit: float | None  # relative squared error on held-out tokens; None: no refit, or no tokens
     error_after_refit: float | None
     is_refitted: bool  # False where the refit did not lower the held-out error: it was dropped
+    beside: BesideExperts | None = None  # what the refit found for the shared expert and for constants
 
 
 @torch.no_grad()
@@ -90,6 +93,7 @@ def fit_experts(
     held_out: list[RoutedTokens],
     supply: Mapping[str, Callable[[], Any]] | None = None,
     known: KeptFeatures | None = None,
+    beside: BesideExperts | None = None,
     saliency: Tensor | None = None,
 ) -> FittedExperts:
     """Select neurons and refit the down projections, as the recipe says.
@@ -103,8 +107,10 @@ def fit_experts(
         held_out: The same for other tokens; may be empty.
         supply: What else a selection may ask for, beside "grams", "sums" of features and the "budget".
         known: Features that may be those of `experts` on `tokens`.
+        beside: What the refit fits beside the experts.
         saliency: Of all neurons, (P,), where it is known already; None asks the selection.
     """
+    tokens, held_out = with_bounded_sinks(tokens), with_bounded_sinks(held_out)
     is_known = known is not None and known.serves(experts, tokens)
     features = known if is_known else KeptFeatures(experts, activation, tokens)
     columns = None
@@ -128,7 +134,7 @@ def fit_experts(
         experts, columns = experts.select_neurons(kept), features.of_neurons(kept)
     if recipe.refit is None:
         return FittedExperts(experts, None, None, False)
-    return refit_down(experts, activation, recipe, tokens, held_out, columns or features)
+    return refit_down(experts, activation, recipe, tokens, held_out, columns or features, beside)
 
 
 def grams_of(features: KeptFeatures) -> list[Tensor]:
@@ -173,23 +179,27 @@ def refit_down(
     tokens: list[RoutedTokens],
     held_out: list[RoutedTokens],
     features: Iterable[list[tuple[Tensor, Tensor]]] | None = None,
+    beside: BesideExperts | None = None,
 ) -> FittedExperts:
     """The experts with new down projections, unless held-out tokens say that the old ones were better.
 
     Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`, which takes the first of the
-    option `ridges`. `features` are those of `experts` on `tokens`, where they are at hand.
+    option `ridges`. `features` are those of `experts` on `tokens`, where they are at hand. `beside` is fitted with
+    them, from what it is, and stays or goes with them. No token counts more than `with_bounded_sinks` allows.
     """
-    judge = HeldOutError(experts, activation, held_out) if held_out else None
-    if experts.num_neurons > MOST_JOINT_NEURONS:
+    tokens, held_out = with_bounded_sinks(tokens), with_bounded_sinks(held_out)
+    judge = HeldOutError(experts, activation, held_out, beside) if held_out else None
+    offsets, down = joint_offsets(experts, beside), joint_down(experts, beside)
+    if offsets[-1] > MOST_JOINT_NEURONS:
         ridge = recipe.refit_options.get("ridges", (RIDGE,))[0]
         parts, seen = in_parts(experts, tokens)
-        best = refit_by_passes(parts, activation, seen, ridge)
+        best = refit_by_passes(parts, activation, seen, ridge, beside)
     else:
-        sums = sum_features(experts, activation, tokens, features)
-        down = experts.down.to(sums.gram.dtype)
-        best = REFIT[recipe.refit](sums, judge, experts.offsets.tolist(), down, **recipe.refit_options)
-    fitted = dataclasses.replace(experts, down=best.float())
-    before, after = (judge.relative(one.down) if judge else None for one in (experts, fitted))
+        sums = sum_features(experts, activation, tokens, features, beside)
+        best = REFIT[recipe.refit](sums, judge, offsets, down.to(sums.gram.dtype), **recipe.refit_options)
+    best = best.float()
+    before, after = (judge.relative(one) if judge else None for one in (down, best))
     if before is not None and after >= before:
-        return FittedExperts(experts, before, after, False)
-    return FittedExperts(fitted, before, after, True)
+        return FittedExperts(experts, before, after, False, beside)
+    experts, beside = with_joint_down(experts, beside, best)
+    return FittedExperts(experts, before, after, True, beside)

@@ -16,6 +16,8 @@ def match_layer(
 ) -> FittedExperts:
     """Train the experts, and with the option `router` the router in place, then refit under the gates it gives now.
 
+    What the first refit found beside the experts counts as given while they are trained; the second one goes on there.
+
     Without held-out tokens nothing could tell whether that made the layer better: it is left as it is.
     """
     if not tokens.held_out:
@@ -25,14 +27,16 @@ def match_layer(
     if trains_router(layer, recipe):
         router = TrainableRouter(layer, collected.calibration, tokens.assignment)
         others = router.beside(collected.held_out)
-    seen, held_out = MatchingTokens(tokens.calibration, router), MatchingTokens(tokens.held_out, others)
+    seen = MatchingTokens(tokens.calibration, router, fitted.beside)
+    held_out = MatchingTokens(tokens.held_out, others, fitted.beside)
     experts = MATCHING[recipe.matching](fitted.experts, tokens.activation, seen, held_out, **how)
     if router is not None:
         router.write_back(layer.router)
     fitted = dataclasses.replace(fitted, experts=experts)
     if recipe.refit is None:
         return fitted
-    return refit_down(experts, tokens.activation, recipe, seen.batches(), held_out.batches())
+    kept = seen.batches(), held_out.batches()
+    return refit_down(experts, tokens.activation, recipe, *kept, beside=fitted.beside)
 
 
 def trains_router(layer: MoeLayer, recipe: Recipe) -> bool:

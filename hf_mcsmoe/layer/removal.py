@@ -10,6 +10,7 @@ from ..executors.in_memory import Collected
 from ..observation.gated_features import sum_features
 from ..observation.kept_features import KeptFeatures
 from ..observation.layer_tokens import original_tokens
+from ..observation.sinks import with_bounded_sinks
 from ..recipe import Recipe
 from ..selection import SELECTION
 from ..selection.gated_obs import saliency_by_gated_obs
@@ -44,7 +45,7 @@ def removal_curve(layer: MoeLayer, recipe: Recipe, collected: Collected, least: 
     Neurons go as the selection `joint_obs` takes them, with its options where the recipe selects so, from the neurons
     of all experts together. What the first n removals cost is by how much they raise the least squared error of the
     layer's output, the selection's ridge included, when the down projections of all neurons that are left are fitted
-    again: the error on the kept tokens themselves, none of which is held out. Layers with more than
+    again: the error on the kept tokens themselves, none of which is held out, with sinks bounded as in a fit. Layers with more than
     `MOST_JOINT_NEURONS` neurons take order and costs from `gated_obs`, where only neurons of the same expert make up
     for each other.
 
@@ -59,7 +60,9 @@ def removal_curve(layer: MoeLayer, recipe: Recipe, collected: Collected, least: 
         memory as for the selection.
     """
     tokens = original_tokens(layer, collected)
-    experts, batches, features = tokens.features.experts, tokens.calibration, tokens.features
+    experts, batches = tokens.features.experts, with_bounded_sinks(tokens.calibration)
+    is_known = tokens.features.serves(experts, batches)
+    features = tokens.features if is_known else KeptFeatures(experts, tokens.activation, batches)
     num_tokens = max(1, sum(len(batch.gates) for batch in batches))
     judged, seen = in_parts(experts, batches)
     grams = fit.grams_of(features if judged is experts else KeptFeatures(judged, tokens.activation, seen))

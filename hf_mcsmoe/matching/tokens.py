@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 
+from ..observation.beside_experts import BesideExperts
 from ..observation.gated_features import RoutedTokens, dense_gates
 from ..observation.layer_inputs import LayerInputs
 from ..types import MoeLayer
@@ -90,17 +91,26 @@ def join(values: Sequence[Any], counts: list[int]) -> Any:
 
 
 class MatchingTokens:
-    """All kept tokens of a layer.
+    """All kept tokens of a layer, with what is left for its routed experts to give.
 
     Args:
         tokens: Batches with the gates that were kept.
         router: Gives the gates anew; None: the kept ones hold.
+        beside: What the layer adds beside its routed experts, which is not trained; None for nothing.
     """
 
-    def __init__(self, tokens: list[RoutedTokens], router: TrainableRouter | None = None):
+    def __init__(
+        self, tokens: list[RoutedTokens], router: TrainableRouter | None = None, beside: BesideExperts | None = None
+    ):
         self.hidden_states = torch.cat([batch.hidden_states for batch in tokens])
         self.gates = torch.cat([batch.gates for batch in tokens])
         self.targets = torch.cat([batch.targets for batch in tokens])
+        self.dropped_gates = None
+        if any(batch.dropped_gates is not None for batch in tokens):
+            self.dropped_gates = torch.cat([batch.dropped_gates for batch in tokens])
+        self.added = None if beside is None else torch.cat([beside.output(batch) for batch in tokens])
+        if self.added is not None:
+            self.targets = self.targets - self.added
         self.router = router
 
     def __len__(self) -> int:
@@ -122,5 +132,12 @@ class MatchingTokens:
 
     @torch.no_grad()
     def batches(self) -> list[RoutedTokens]:
-        """All tokens with the gates that they have now."""
-        return [self.batch(index) for index in torch.arange(len(self)).split(BATCH_TOKENS)]
+        """All tokens with the gates that they have now, and with what the whole layer is to give."""
+        parts = torch.arange(len(self)).split(BATCH_TOKENS)
+        return [self._whole(self.batch(index), index) for index in parts]
+
+    def _whole(self, batch: RoutedTokens, index: Tensor) -> RoutedTokens:
+        """A batch with the targets that it had before `added` was taken off, and with its gates of dropped slots."""
+        targets = batch.targets if self.added is None else batch.targets + self.added[index]
+        gates = None if self.dropped_gates is None else self.dropped_gates[index]
+        return dataclasses.replace(batch, targets=targets, dropped_gates=gates)

@@ -15,7 +15,8 @@ from .offload import execution_device, fetched, replace_tensor
 
 def parts_of_layer(layer: MoeLayer) -> dict[str, tuple[nn.Module, bool]]:
     """The modules that compressing a layer may change, and whether only their own tensors are meant."""
-    return {"experts": (layer.experts, False), "router": (layer.router, False), "block": (layer.block, True)}
+    parts = {"experts": (layer.experts, False), "router": (layer.router, False), "block": (layer.block, True)}
+    return parts if layer.shared is None else {**parts, "shared": (layer.shared.down, True)}
 
 
 def tensors_of_layer(layer: MoeLayer) -> dict[str, Tensor]:

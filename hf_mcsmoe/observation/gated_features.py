@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..expert_values import PackedExperts
+from .beside_experts import BesideExperts, joint_offsets
 from .observed import sum_dtype
 
 CHUNK_TOKENS = 8192  # features of so many tokens are held at a time: T k I numbers
@@ -33,6 +34,13 @@ class RoutedTokens:
     hidden_states: Tensor  # (t, D)
     gates: Tensor  # (t, M): 0 where an expert does not see the token; slots of one expert are summed
     targets: Tensor | None  # (t, D); None where nobody asks
+    dropped_gates: Tensor | None = None  # (t, R): of dropped slots that add constants; None where there are none
+    scale: Tensor | None = None  # (t,): what gates and targets were multiplied with, and features beside them are
+
+    def part(self, tokens: slice) -> "RoutedTokens":
+        """Some of the tokens."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return RoutedTokens(*(None if value is None else value[tokens] for value in values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +170,7 @@ def in_chunks(batches: Iterable[RoutedTokens]) -> Iterator[RoutedTokens]:
     waiting, num_waiting = [], 0
     for batch in batches:
         for part in chunks(batch.gates.shape[0]):
-            targets = None if batch.targets is None else batch.targets[part]
-            piece = RoutedTokens(batch.hidden_states[part], batch.gates[part], targets)
+            piece = batch.part(part)
             if num_waiting + len(piece.gates) > CHUNK_TOKENS:
                 yield joined(waiting)
                 waiting, num_waiting = [], 0
@@ -192,6 +199,7 @@ def sum_features(
     activation: Activation,
     batches: Iterable[RoutedTokens],
     features: Iterable[list[tuple[Tensor, Tensor]]] | None = None,
+    beside: BesideExperts | None = None,
 ) -> FeatureSums:
     """Add up the features of all tokens; only pairs of experts that share tokens are multiplied.
 
@@ -202,13 +210,14 @@ def sum_features(
         activation: From `MoeFamily.activation`.
         batches: Of any size; about `CHUNK_TOKENS` tokens are handled at a time.
         features: Of `features_in_chunks` where they are at hand.
+        beside: More blocks of features, after those of the experts.
     """
-    neurons, hidden = experts.up.shape
-    device, dtype = experts.up.device, sum_dtype(experts.up.device)
+    offsets, hidden = joint_offsets(experts, beside), experts.up.shape[1]
+    neurons, device, dtype = offsets[-1], experts.up.device, sum_dtype(experts.up.device)
     gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
     cross = torch.zeros(neurons, hidden, dtype=dtype, device=device)
     energy, num_tokens = torch.zeros((), dtype=dtype, device=device), 0
-    batches, offsets = list(batches), experts.offsets.tolist()
+    batches = list(batches)
     features = features_in_chunks(experts, activation, batches) if features is None else features
     for batch, found in zip(in_chunks(batches), features, strict=True):
         num_tokens += batch.gates.shape[0]
@@ -216,6 +225,7 @@ def sum_features(
         constant = output_of_biases(experts, gates)
         targets = targets if constant is None else targets - constant
         energy += targets.to(dtype).square().sum()
+        found = found if beside is None else [*found, *beside.features(batch)]
         add_products(found, targets, offsets, gram, cross)
     for start, end in itertools.pairwise(offsets):
         gram[end:, start:end] = gram[start:end, end:].T

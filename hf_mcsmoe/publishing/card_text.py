@@ -37,7 +37,12 @@ def sections(report: Mapping[str, Any], recipe: Recipe, scores: Mapping[str, Any
         "sizes": _sizes(report),
         "layers": [_layer_row(run) for run in _runs(report["layers"])],
         **score_sections(scores),
-        "method": [*_method(recipe), *_choice(report.get("tried")), *_export(report.get("export"))],
+        "method": [
+            *_method(recipe),
+            *_shared(report["layers"]),
+            *_choice(report.get("tried")),
+            *_export(report.get("export")),
+        ],
         "calibration": _calibration(report["calibration"]),
         "recovery": _recovery(report.get("recovery")),
         "limitations": [*_layer_limits(report), *score_limits(scores), *map(plain, report["warnings"])],
@@ -234,6 +239,12 @@ def _made_with(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     duration = "" if report["seconds"] is None else f"in {report['seconds']:,.1f} s "
     return f"Made {duration}with {versions}."
+
+
+def _shared(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In how many layers the refit changed the shared expert; nothing where in none, or in reports of old."""
+    number = sum(layer.get("shared_expert_refitted", False) for layer in layers)
+    return [f"The refit also changed the shared expert of {_times(number, 'layer')}."] if number else []
 
 
 def _choice(trials: Sequence[Mapping[str, Any]] | None) -> list[str]:

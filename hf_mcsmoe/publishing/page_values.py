@@ -133,6 +133,8 @@ def _layers(report: Mapping[str, Any]) -> Table:
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     notes = [f"Layer {numbers[0]} is {layers[0]['layer']}."] if is_numbered and layers else []
+    refitted = sum(layer.get("shared_expert_refitted", False) for layer in layers)
+    notes += [f"The refit also changed the shared expert of {count(refitted)} of the layers."] if refitted else []
     return Table(list(shown), [list(row) for row in zip(*shown.values(), strict=True)], notes=notes)
 
 

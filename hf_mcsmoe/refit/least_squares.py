@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..observation.gated_features import FeatureSums
+from ..option_checks import check_flag
 from ..refit import REFIT
 from ..solvers.cholesky import cholesky_in_place
 
@@ -14,7 +15,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the large ones are for fewer tok
 JUDGED_COLUMNS = 64  # of all outputs: what tells ridges apart, at a share of the time of a whole solution
 
 
-@REFIT.register("least_squares")
+@REFIT.register("least_squares", check=check_flag("shared_expert", "Leave it out for True."))
 def refit_by_least_squares(
     sums: FeatureSums,
     held_out_error: Callable[[Tensor, slice], float] | None,
@@ -22,6 +23,7 @@ def refit_by_least_squares(
     down: Tensor,
     *,
     ridges: tuple[float, ...] = RIDGES,
+    shared_expert: bool = True,  # noqa: ARG001 (`layer.beside` reads it: which features there are)
 ) -> Tensor:
     """The `down` that minimises sum |y - phi down|^2 + sum_e ridge_e |down_e - down0_e|^2.
 
@@ -35,9 +37,12 @@ def refit_by_least_squares(
     Args:
         sums: Of the calibration tokens.
         held_out_error: Of columns of a `down` (P, C) and which they are, on other tokens; None if there are none.
-        offsets: Where experts start among the P neurons, M + 1 numbers.
+        offsets: Where experts start among the P neurons, M + 1 numbers; the shared expert counts as one, and so do
+            all constants of dropped slots together, see `BesideExperts`.
         down: down0, (P, D) float64.
         ridges: Candidates.
+        shared_expert: Fit the last matrix of the shared expert too, where the layer has one. All tokens go to it, so
+            it is where what all dropped experts gave on average costs nothing.
 
     Returns:
         (P, D) float64; down0 where no token gave a feature, or no ridge would do. Time O(P^3) for each
