@@ -106,6 +106,16 @@ def test_no_expert_falls_below_its_least_width_on_the_way(most, seen, monkeypatc
         assert widths_of[0].min() < widths_of[1].min() == 15
 
 
+def test_a_token_with_a_huge_output_does_not_decide_what_a_layer_loses(seen):
+    layer, collected = seen
+    (states, index, weights), *others = collected.calibration.experts_inputs
+    sink = torch.where(torch.arange(len(states)) == 7, 1000, 1)[:, None] * states
+    inputs = dataclasses.replace(collected.calibration, experts_inputs=[(sink, index, weights), *others], outputs=[])
+    found = removal_curve(layer, Recipe(**OURS), dataclasses.replace(collected, calibration=inputs), 40)
+    expected = removal_curve(layer, Recipe(**OURS), collected, 40)
+    assert 1 < found.costs[:-40].sum() / expected.costs[:-40].sum() < 3
+
+
 def test_a_layer_without_tokens_has_nothing_to_lose(seen):
     layer, collected = seen
     curve = removal_curve(layer, Recipe(**OURS), dataclasses.replace(collected, calibration=LayerInputs()), 40)

@@ -45,9 +45,9 @@ def removal_curve(layer: MoeLayer, recipe: Recipe, collected: Collected, least: 
     Neurons go as the selection `joint_obs` takes them, with its options where the recipe selects so, from the neurons
     of all experts together. What the first n removals cost is by how much they raise the least squared error of the
     layer's output, the selection's ridge included, when the down projections of all neurons that are left are fitted
-    again: the error on the kept tokens themselves, none of which is held out, with sinks bounded as in a fit. Layers with more than
-    `MOST_JOINT_NEURONS` neurons take order and costs from `gated_obs`, where only neurons of the same expert make up
-    for each other.
+    again: the error on the kept tokens themselves, none of which is held out, with sinks bounded as in a fit. Layers
+    with more than `MOST_JOINT_NEURONS` neurons take order and costs from `gated_obs`, where only neurons of the same
+    expert make up for each other.
 
     Args:
         layer: As found in the original model.
