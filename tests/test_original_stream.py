@@ -161,7 +161,11 @@ def slow_features(model, name, data):
 
 
 def test_behind_an_uncompressed_prefix_it_changes_nothing(original, padded, prompt):
-    """The first layer, whatever is excluded before it, is compressed bit by bit as in a recipe without it."""
+    """The first layer, whatever is excluded before it, is compressed as in a recipe without it.
+
+    Bit by bit, but for what experts give in the one forward that a recipe with one shot keeps: module and features
+    round their sums differently.
+    """
     whole = [fit(original("qwen3_moe"), padded, **recipe) for recipe in (SEQUENTIAL, REPAIRED)]
     first = [model.get_submodule(reports(model)[0].layer).state_dict() for model in whole]
     assert all(torch.equal(first[1][name], tensor) for name, tensor in first[0].items())
@@ -169,8 +173,8 @@ def test_behind_an_uncompressed_prefix_it_changes_nothing(original, padded, prom
     last = {**REPAIRED, "exclude_layers": list(range(LAYERS - 1))}
     one_shot = {**last, "sequential": False, "targets": None}
     repaired, plain = (fit(original("qwen3_moe"), padded, **recipe) for recipe in (last, one_shot))
-    assert torch.equal(logits(repaired, prompt), logits(plain, prompt))
-    assert reports(repaired)[0].relative_error == reports(plain)[0].relative_error
+    torch.testing.assert_close(logits(repaired, prompt), logits(plain, prompt), rtol=1e-4, atol=1e-5)
+    assert reports(repaired)[0].relative_error == pytest.approx(reports(plain)[0].relative_error, rel=1e-4)
 
 
 def test_keeping_everything_changes_nothing(original, padded, prompt):
