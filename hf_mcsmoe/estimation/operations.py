@@ -15,14 +15,16 @@ from ..families import find_layers
 from ..layer.beside import shared_width
 from ..layer.fit import MOST_JOINT_NEURONS
 from ..loading import empty_model
+from ..observation.layer_inputs import gives_routed_output
 from ..recipe import Recipe
-from ..refit.least_squares import RIDGES
+from ..refit.least_squares import JUDGED_COLUMNS
 from ..sizes import expert_size
 from ..statistics import STATISTICS
 from ..types import MoeLayer
 from .memory import PER_NEURON, is_judged_jointly, widths_to_select
 from .workload import Workload
 
+TRIED_RIDGES = 3  # the one in the middle and what is beside the best one, typically
 CONJUGATE_STEPS = 12  # of `refit_by_passes` until it stops, typically
 ELIMINATION = 2.4  # I^3 operations of removing neurons in blocks: inverse, updates, factorization
 SVD = 20  # O I min(O, I) operations of a singular value decomposition
@@ -170,14 +172,15 @@ def fit_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, tokens: in
     original, hidden, chosen = layer.intermediate_size, layer.hidden_size, min(layer.top_k, num_experts)
     entries = expert_size(layer).matrix_entries
     inner = entries / original - hidden  # of one neuron in the matrices before the activation
-    total = Operations(float32=routed_flops(layer, tokens + held_out))
+    has_outputs = gives_routed_output(layer) and not recipe.sequential
+    total = Operations(float32=0 if has_outputs else routed_flops(layer, tokens + held_out))
     neurons = recipe.neurons_per_layer(layer.num_slots, original, num_experts)
     width, part = widths_to_select(layer, recipe, num_experts)
     share = neurons / (num_experts * width)
     if recipe.selection is not None and share < 1:
         features = 2 * tokens * chosen * width * (inner + part)
         removal = num_experts * width * (ELIMINATION * part**2 + part * hidden)
-        total += Operations(float32=features, float64=removal)
+        total += Operations(float32=features + removal, float64=num_experts * width * part**2)
         if is_judged_jointly(recipe, num_experts * width):
             total += joint_operations(int(num_experts * width), neurons, hidden, chosen * width, tokens)
     if recipe.refit is None:
@@ -188,7 +191,8 @@ def fit_operations(layer: MoeLayer, recipe: Recipe, num_experts: int, tokens: in
     features = 2 * (tokens + held_out) * (chosen * width * share * inner + shared / original * entries)
     if neurons <= MOST_JOINT_NEURONS:
         sums = (tokens + held_out) * (kept**2 + 2 * kept * hidden)
-        solves = len(RIDGES) * (neurons**3 / 3 + 4 * neurons**2 * hidden)
+        tries = TRIED_RIDGES * (neurons**3 / 3 + 2 * neurons**2 * min(hidden, JUDGED_COLUMNS))
+        solves = tries + 4 * neurons**2 * hidden
         return total + Operations(float32=features + sums, float64=solves)
     one_pass = features + 4 * tokens * kept * hidden
     solves = CONJUGATE_STEPS * 2 * (num_experts * (width * share) ** 2 + shared**2) * hidden

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..calibration import CalibrationBatch
 from ..families import tied_layers
 from ..families.residual import ResidualStream
-from ..observation.layer_inputs import LayerInputs, TensorOfBlock, ignore_passive
+from ..observation.layer_inputs import LayerInputs, TensorOfBlock, gives_routed_output, ignore_passive
 from ..observation.observed import ObservedTokens
 from ..types import MoeLayer
 from .accumulator import StatisticsAccumulator
@@ -75,8 +75,7 @@ class LayerObserver:
 
     @property
     def _reads_outputs(self) -> bool:
-        layer = self.layer
-        return self.keeps_outputs and not (layer.family.observes_router or layer.num_passive_rows)
+        return self.keeps_outputs and gives_routed_output(self.layer)
 
     @property
     def _kept(self) -> LayerInputs:

@@ -54,6 +54,11 @@ def ignore_passive(index: Tensor, weights: Tensor, num_experts: int) -> tuple[Te
     return index.masked_fill(passive, 0), weights.masked_fill(passive, 0)
 
 
+def gives_routed_output(layer: MoeLayer) -> bool:
+    """Whether a call of the experts module gives what routed experts give, and nothing else."""
+    return not (layer.family.observes_router or layer.num_passive_rows)
+
+
 @torch.no_grad()
 def routed_output(layer: MoeLayer, inputs: LayerInputs, reroute: bool = False) -> list[Tensor]:
     """What the layer's experts give for the kept tokens, one (t, D) tensor a batch.
