@@ -82,14 +82,11 @@ def features_of_experts(
     experts: PackedExperts, activation: Activation, hidden_states: Tensor, gates: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """For each expert (its tokens (t,) int64 ascending, their features (t, width) float32)."""
-    offsets = experts.offsets.tolist()
     found = []
-    for expert in range(experts.num_experts):
-        neurons = slice(offsets[expert], offsets[expert + 1])
+    for expert, matrices in enumerate(inner_matrices(experts)):
         tokens = gates[:, expert].nonzero().flatten()
         inputs = hidden_states.index_select(0, tokens).float()
-        up, gate = (project(experts, name, neurons, inputs) for name in ("up", "gate"))
-        found.append((tokens, activation(up, gate) * gates[tokens, expert, None]))
+        found.append((tokens, neurons_of(matrices, activation, inputs) * gates[tokens, expert, None]))
     return found
 
 
@@ -102,12 +99,23 @@ def features_in_chunks(
         yield features_of_experts(experts, activation, batch.hidden_states.to(device), batch.gates.to(device))
 
 
-def project(experts: PackedExperts, name: str, neurons: slice, inputs: Tensor) -> Tensor | None:
-    """Product of inputs (t, D) with rows of `up` or `gate`, with their biases, float32; None where there is none."""
-    matrix, bias = getattr(experts, name), getattr(experts, f"{name}_bias")
-    if matrix is None:
-        return None
-    return linear(inputs, matrix[neurons].float(), bias[neurons].float() if bias is not None else None)
+def inner_matrices(experts: PackedExperts) -> list[list[tuple[Tensor, Tensor | None] | None]]:
+    """For each expert its rows of `up` and those of `gate`, or None, each with their biases or None; float32.
+
+    Cut all at once: the gradient of one slice is as large as what it is cut from, and so is that of all together.
+    """
+    widths, found = experts.widths.tolist(), []
+    for name in ("up", "gate"):
+        matrix, bias = getattr(experts, name), getattr(experts, f"{name}_bias")
+        biases = [None] * len(widths) if bias is None else bias.float().split(widths)
+        parts = [None] * len(widths) if matrix is None else zip(matrix.float().split(widths), biases, strict=True)
+        found.append(parts)
+    return [list(of_expert) for of_expert in zip(*found, strict=True)]
+
+
+def neurons_of(matrices: list[tuple[Tensor, Tensor | None] | None], activation: Activation, inputs: Tensor) -> Tensor:
+    """What the neurons of an expert answer to inputs (t, D), (t, width) float32."""
+    return activation(*(None if matrix is None else linear(inputs, *matrix) for matrix in matrices))
 
 
 def output_of_biases(experts: PackedExperts, gates: Tensor) -> Tensor | None:
@@ -150,12 +158,12 @@ def sum_input_grams(
     device, dtype, hidden = experts.up.device, sum_dtype(experts.up.device), experts.up.shape[1]
     inward = [torch.zeros(hidden, hidden, dtype=dtype, device=device) for _ in range(experts.num_experts)]
     outward = [torch.zeros(width, width, dtype=dtype, device=device) for width in experts.widths.tolist()]
-    slices = [slice(*pair) for pair in itertools.pairwise(experts.offsets.tolist())]
+    matrices_of_expert = inner_matrices(experts)
     for batch in in_chunks(batches):
         hidden_states, gates = batch.hidden_states.to(device), batch.gates.to(device)
-        for expert, neurons in enumerate(slices):
+        for expert, matrices in enumerate(matrices_of_expert):
             inputs = hidden_states.index_select(0, gates[:, expert].nonzero().flatten()).float()
-            features = activation(*(project(experts, name, neurons, inputs) for name in ("up", "gate")))
+            features = neurons_of(matrices, activation, inputs)
             inward[expert] += (inputs.T @ inputs).to(dtype)
             outward[expert] += (features.T @ features).to(dtype)
     names = ("up",) if experts.gate is None else ("gate", "up")
@@ -264,6 +272,7 @@ def apply_down(experts: PackedExperts, activation: Activation, batch: RoutedToke
 
 def add_outputs(down: Tensor, offsets: list[int], found: list[tuple[Tensor, Tensor]], output: Tensor) -> Tensor:
     """`output` (t, C) float32 with what `down` (P, C) makes of the features of experts added, in place."""
-    for (start, end), (tokens, features) in zip(itertools.pairwise(offsets), found, strict=True):
-        output.index_add_(0, tokens, features @ down[start:end].float())
+    parts = down.float().split([end - start for start, end in itertools.pairwise(offsets)])
+    for part, (tokens, features) in zip(parts, found, strict=True):
+        output.index_add_(0, tokens, features @ part)
     return output
