@@ -142,7 +142,10 @@ def test_nothing_is_summed_without_tokens_or_for_experts_that_none_reaches(exper
 def test_long_batches_are_cut_and_short_ones_joined(monkeypatch):
     monkeypatch.setattr(gated_features, "CHUNK_TOKENS", 5)
     batches = [routed(n, 3, seed=n) for n in (2, 2, 2, 11, 1, 4, 1)]
-    batches = [dataclasses.replace(batch, dropped_gates=torch.rand(len(batch.gates), 2)) for batch in batches]
+    more = [
+        {"dropped_gates": torch.rand(len(batch.gates), 2), "scale": torch.rand(len(batch.gates))} for batch in batches
+    ]
+    batches = [dataclasses.replace(batch, **fields) for batch, fields in zip(batches, more, strict=True)]
     pieces = list(gated_features.in_chunks(batches))
     assert [len(piece.gates) for piece in pieces] == [4, 2, 5, 5, 2, 5]
     for field in dataclasses.fields(RoutedTokens):
