@@ -10,13 +10,12 @@ from test_joint_obs import slow_minimum
 
 from hf_mcsmoe import Recipe
 from hf_mcsmoe.allocation import ALLOCATION
-from hf_mcsmoe.allocation.removal_curve import spend
+from hf_mcsmoe.allocation.removal_curve import rising, spend
 from hf_mcsmoe.layer.fit import grams_of
 from hf_mcsmoe.observation.gated_features import sum_features
 from hf_mcsmoe.observation.kept_features import KeptFeatures
 from hf_mcsmoe.observation.observed import ObservedTokens
 from hf_mcsmoe.selection.joint_obs import joint_removals
-from hf_mcsmoe.solvers.rising_means import rising_means
 from hf_mcsmoe.statistics import STATISTICS
 from hf_mcsmoe.types import LayerStatistics
 
@@ -62,8 +61,9 @@ def test_numbers_are_levelled_as_the_formula_of_isotonic_regression_says(seed):
     expected = [
         max(min(mean(start, end) for end in range(place + 1, 13)) for start in range(place + 1)) for place in range(12)
     ]
-    assert rising_means(values.tolist()) == pytest.approx(expected)
-    assert rising_means([]) == [] and rising_means([3.0]) == [3.0] and rising_means([2.0, 1.0]) == [1.5, 1.5]
+    assert rising(values).tolist() == pytest.approx(expected)
+    for given, expected in (([], []), ([3.0], [3.0]), ([2.0, 1.0], [1.5, 1.5])):
+        assert rising(torch.tensor(given, dtype=torch.float64)).tolist() == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -84,7 +84,7 @@ def test_costs_that_fall_are_spent_best_where_a_level_ends(seed):
     for total in range(6, num_neurons + 1):
         kept = spend(costs, weights, [0, total, 0])
         assert sum(kept) == total
-        levels = [rising_means(one[one.isfinite()].tolist()) for one in costs]
+        levels = [rising(one[one.isfinite()].double()).tolist() for one in costs]
         gone = [len(one) - number for one, number in zip(costs, kept, strict=True)]
         within = [0 < n < len(level) and level[n - 1] == level[n] for level, n in zip(levels, gone, strict=True)]
         cost, least = total_cost(costs, weights, kept), least_cost(costs, weights, total)

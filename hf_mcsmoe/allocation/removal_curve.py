@@ -1,11 +1,11 @@
 """Layers keep neurons where the next one that goes would cost most, as measured on calibration tokens."""
 
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from ..allocation import ALLOCATION
 from ..option_checks import check_real
-from ..solvers.rising_means import rising_means
 from ..types import LayerStatistics
 
 CHECK_SHARE = check_real("min_share", 0, 1, "1 gives each layer the same share; 0.5 lets it lose half of that.")
@@ -83,7 +83,7 @@ def spend(costs_of_layer: list[Tensor], weights: list[float], share_of_layer: li
     """Neurons per layer that make the sum of the weighted costs of all removals least.
 
     The neurons of a layer go in a fixed order, so it is a matter of how many. Where costs rise these are the cheapest
-    removals of all layers. Where they do not they are levelled first (`rising_means`): the result is then best for
+    removals of all layers. Where they do not they are levelled first (isotonic regression): the result is then best for
     every total at which a level ends, and between two of these off by less than one level. (An exact programme over
     all totals takes the square of the number of neurons.) Ties: the layer that lost fewer loses first, then the
     earlier one.
@@ -99,7 +99,7 @@ def spend(costs_of_layer: list[Tensor], weights: list[float], share_of_layer: li
     levels, places, layers = [], [], []
     for layer, (costs, weight) in enumerate(zip(costs_of_layer, weights, strict=True)):
         free = costs[costs.isfinite()]
-        levels.append(torch.tensor(rising_means(free.tolist()), dtype=torch.float64) * weight)
+        levels.append(rising(free.double().cpu()) * weight)
         places.append(torch.arange(len(free)))
         layers.append(torch.full((len(free),), layer))
     num_gone = sum(len(costs) for costs in costs_of_layer) - sum(share_of_layer)
@@ -107,3 +107,8 @@ def spend(costs_of_layer: list[Tensor], weights: list[float], share_of_layer: li
     by_cost = torch.cat(levels)[by_place].argsort(stable=True)
     gone = torch.cat(layers)[by_place[by_cost[:num_gone]]].bincount(minlength=len(costs_of_layer))
     return [len(costs) - number for costs, number in zip(costs_of_layer, gone.tolist(), strict=True)]
+
+
+def rising(costs: Tensor) -> Tensor:
+    """Costs (n,) with neighbours that fall replaced by their mean, as often as it takes: convex sums, float64."""
+    return torch.from_numpy(isotonic_regression(costs.numpy()).x) if len(costs) else costs
