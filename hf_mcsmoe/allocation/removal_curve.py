@@ -83,9 +83,9 @@ def spend(costs_of_layer: list[Tensor], weights: list[float], share_of_layer: li
     """Neurons per layer that make the sum of the weighted costs of all removals least.
 
     The neurons of a layer go in a fixed order, so it is a matter of how many. Where costs rise these are the cheapest
-    removals of all layers. Where they do not they are levelled first (isotonic regression): the result is then best for
-    every total at which a level ends, and between two of these off by less than one level. (An exact programme over
-    all totals takes the square of the number of neurons.) Ties: the layer that lost fewer loses first, then the
+    removals of all layers. Where they do not they are levelled first (isotonic regression): the result is then best
+    for every total at which a level ends, and between two of these off by less than one level. (An exact programme
+    over all totals takes the square of the number of neurons.) Ties: the layer that lost fewer loses first, then the
     earlier one.
 
     Args:
