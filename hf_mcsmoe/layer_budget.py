@@ -51,6 +51,7 @@ class LayerBudget:
     decomposition: str | None
     fit_tokens: int
     every_expert_tokens: int
+    gradient_tokens: int
 
     def _check_budget(self) -> None:
         if self.keep is None and self.num_experts is None:
@@ -83,7 +84,7 @@ class LayerBudget:
                 raise ValueError(f"{name} is {value!r}, it must be a whole number >= 1. Leave it out for the default.")
 
     def _check_neuron_budget(self) -> None:
-        for name in ("fit_tokens", "every_expert_tokens"):
+        for name in ("fit_tokens", "every_expert_tokens", "gradient_tokens"):
             value = getattr(self, name)
             if not (is_number(value, int) and value >= 1):
                 raise ValueError(f"{name} is {value!r}, it must be a whole number >= 1.")

@@ -95,6 +95,8 @@ class Recipe(LayerBudget):
             the original model, so that each layer also makes up for what the compressed ones before it lost.
         fit_tokens: Calibration tokens that selection, refit and other steps that run experts again see, about.
         every_expert_tokens: Calibration tokens that all experts are run on, about, where a statistic asks for that.
+        gradient_tokens: Calibration tokens that run backward too, about, where a statistic reads gradients of the
+            loss: whole batches, evenly spaced.
         exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
             `fnmatch` on the name of the experts module (str).
         decomposition: How every matrix of the merged experts becomes W = L R + S of low rank and few rows; None
@@ -149,6 +151,7 @@ class Recipe(LayerBudget):
     targets: str | None = None
     fit_tokens: int = 65_536
     every_expert_tokens: int = 4096
+    gradient_tokens: int = 8192
     exclude_layers: tuple[int | str, ...] = ()
     decomposition: str | None = None
     decomposition_options: dict[str, Any] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .auto_candidates import AUTO
 from .executors.in_memory import Collected
 from .executors.journal import compare
-from .executors.wanted import Wanted, wanted_by
+from .executors.wanted import DRAWS, Wanted, wanted_by
 from .families import find_layers
 from .modeling.offload import execution_device, fetched
 from .observation.layer_inputs import LayerInputs, TensorOfBlock
@@ -101,6 +101,7 @@ class SavedStatistics(Mapping[str, Collected]):
                 f"{where} are of the original model, but the recipe is sequential. "
                 "Set sequential=False, or give the calibration data itself."
             )
+        of_gradients = recipe.statistics_with("gradients")
         missing = sorted(wanted.statistics - {"selection_count"} - set(saved["statistics"]))
         if missing or (wanted.keeps_tokens and not saved["keeps_tokens"]):
             lacking = [*missing, *(["kept tokens"] if wanted.keeps_tokens and not saved["keeps_tokens"] else [])]
@@ -108,10 +109,11 @@ class SavedStatistics(Mapping[str, Collected]):
                 f"{where} lack {lacking}, which {recipe.preset or 'the recipe'} needs. "
                 "Calibrate again and name it: hf-mcsmoe calibrate MODEL --for ..."
             )
-        for name in ("fit_tokens", "every_expert_tokens", "seed"):
-            if getattr(wanted, name) != saved[name]:
+        for name in DRAWS:
+            # Folders of before there was a choice say nothing of `gradient_tokens`: all tokens ran backward.
+            if getattr(wanted, name) != saved.get(name) and (name != "gradient_tokens" or of_gradients):
                 raise ValueError(
-                    f"{where} were made with {name} {saved[name]}, the recipe has {getattr(wanted, name)}. "
+                    f"{where} were made with {name} {saved.get(name)}, the recipe has {getattr(wanted, name)}. "
                     "Make them equal, or calibrate again."
                 )
 

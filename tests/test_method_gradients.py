@@ -11,12 +11,16 @@ from torch.testing import assert_close
 
 from hf_mcsmoe import MergedSparseMoeConfig, Recipe, compress_moe, load_calibration
 from hf_mcsmoe.executors import gradients
-from hf_mcsmoe.executors.gradients import next_token_loss
+from hf_mcsmoe.executors.accumulator import StatisticsAccumulator
+from hf_mcsmoe.executors.gradients import batches_with_backward, next_token_loss
 from hf_mcsmoe.executors.in_memory import collect, collect_statistics
 from hf_mcsmoe.executors.shards import NotStreamableError
 from hf_mcsmoe.executors.streaming import compress_by_streaming
+from hf_mcsmoe.expert_values import PackedExperts
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.merging import MERGING
+from hf_mcsmoe.observation.observed import ObservedTokens
+from hf_mcsmoe.selection import SELECTION
 from hf_mcsmoe.types import ExpertWeights, LayerStatistics
 
 ROWS = slice(0, 4)
@@ -277,6 +281,48 @@ def test_held_out_batches_have_no_say(original, tokens):
     mine, alone = (collect_statistics(model, find_layers(model), x, NAMES)[0] for x in (data, kept))
     for name, statistics in mine.items():
         assert torch.equal(statistics["fisher"], alone[name]["fisher"])
+
+
+def test_a_part_of_the_batches_runs_backward_and_all_of_them_forward(original, tokens):
+    model, data = original("mixtral"), padded(ragged_rows(tokens), batch_size=1)
+    layers, needs = find_layers(model), NAMES | {"gradient_count"}
+    places = sorted(batches_with_backward(data, data.num_tokens // 2))
+    part = type(data)(tuple(data.batches[place] for place in places), "part")
+    assert len(places) < len(data.batches) and places[0] > 0, "evenly spaced"
+    assert batches_with_backward(data, None) == batches_with_backward(data, 10**9) == set(range(len(data.batches)))
+    found = collect_statistics(model, layers, data, needs, gradient_tokens=data.num_tokens // 2)[0]
+    of_part = collect_statistics(model, layers, part, needs)[0]
+    of_all = collect_statistics(model, layers, data, needs)[0]
+    for name, statistics in found.items():
+        for of_gradients in ("fisher", "neuron_gradient_energy", "gradient_count"):
+            assert torch.equal(statistics[of_gradients], of_part[name][of_gradients])
+        assert torch.equal(statistics["gradient_count"], of_part[name].selection_count)
+        assert torch.equal(statistics["activation_energy"], of_all[name]["activation_energy"])
+        assert torch.equal(of_all[name]["gradient_count"], of_all[name].selection_count)
+
+
+def test_an_expert_without_gradients_takes_them_to_be_as_long_as_those_of_the_layer():
+    down = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [5.0, 5.0], [5.0, 5.0]])  # 3 experts x 2
+    experts = PackedExperts(offsets=torch.tensor([0, 2, 4, 6]), up=torch.zeros(6, 2), down=down)
+    sums = {
+        "gradient_count": torch.tensor([2, 0, 0]),
+        "activation_energy": torch.tensor([[8.0, 4.0], [6.0, 3.0], [0.0, 0.0]]).double(),
+        "neuron_gradient_energy": torch.tensor([[100.0, 4.0], [0.0, 0.0], [0.0, 0.0]]).double(),
+    }
+    statistics = LayerStatistics(9, torch.tensor([4, 3, 0]), sums)
+    score = SELECTION["atomic_experts"](experts, statistics=statistics, experts_kept=torch.arange(3))
+    square = 104 / (2 * (25 + 1))  # of the gradients of the first expert, in one direction
+    expected = [8 / 4 * 100 / 2, 4 / 4 * 4 / 2, 6 / 3 * 4 * square, 3 / 3 * 2 * square, -1, -1]
+    assert_close(score, torch.tensor(expected).double())
+
+
+def test_a_layer_that_no_gradient_reached_is_named(original):
+    accumulator = StatisticsAccumulator(8, frozenset({"fisher"}))
+    layer = find_layers(original("mixtral"))[0]
+    states, gates = torch.randn(3, layer.hidden_size), torch.ones(3, 2)
+    accumulator.update(ObservedTokens(8, states, torch.tensor([[0, 1]] * 3), gates, torch.ones(3).bool()), layer)
+    with pytest.raises(ValueError, match=r"gradients were taken reached 'mlp', so fisher .*\. Raise gradient_tokens"):
+        accumulator.finish("mlp")
 
 
 def test_what_has_no_gradients_is_refused_before_the_model_runs(original, tokens):

@@ -241,7 +241,7 @@ def test_very_wide_experts_are_judged_and_fitted_in_parts(monkeypatch):
     widest, solved, fitted = [], [], []
     for most in (100, 4):
         monkeypatch.setattr(layer_fit, "in_parts", lambda e, b, most=most: in_parts(e, b, most))
-        monkeypatch.setattr(layer_fit, "grams_of", lambda features: widest.append(of(features)) or widest[-1])
+        monkeypatch.setattr(layer_fit, "grams_of", lambda *features: widest.append(of(*features)) or widest[-1])
         monkeypatch.setattr(layer_fit, "refit_by_passes", lambda e, *a: solved.append(max(e.widths)) or solve(e, *a))
         fitted.append(fit_experts(experts, activation, recipe, 14, [batch], []))
     assert [max(len(gram) for gram in grams) for grams in widest] == [12, 4]

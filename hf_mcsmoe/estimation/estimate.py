@@ -81,7 +81,7 @@ def estimate(
     of_gradients = recipe.statistics_with("gradients")
     forward = calibration_operations(model, work, logits=0 if of_gradients else 1)
     if of_gradients:
-        forward = forward + forward.times(BACKWARD * work.num_tokens / work.all_tokens)
+        forward = forward + forward.times(BACKWARD * min(recipe.gradient_tokens, work.num_tokens) / work.all_tokens)
     sizes = plan(model, recipe)
     written = sizes.total_bytes_after
     passes = passes_in_memory(layers, recipe, work)

@@ -23,7 +23,7 @@ from .workload import Workload
 # What a statistic holds a layer, in numbers; `precision` says how wide these are.
 SINGLE = ("every_expert_count", "stream_energy", "output_gradient_energy")
 PER_SLOT = (
-    "selection_count gate_sum output_max squared_output_norm_sum output_norm_sum gated_output_norm_sum "
+    "selection_count gradient_count gate_sum output_max squared_output_norm_sum output_norm_sum gated_output_norm_sum "
     "squared_gate_sum top_logit_sum residual_change_sum"
 ).split()
 PER_PAIR = ("logit_gram", "chosen_gram", "output_cosine_sum")

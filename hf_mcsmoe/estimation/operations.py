@@ -110,8 +110,9 @@ def statistics_operations(layer: MoeLayer, recipe: Recipe, work: Workload) -> Op
     inner = 1 - layer.intermediate_size * layer.hidden_size / size  # without the last matrix
     runs = 0 if not of_expert else inner if of_expert <= set(PER_NEURON) else 1
     runs += kinds.count("experts") + ("choices" in kinds)
-    runs += any(STATISTICS.trait(name, "gradients", False) for name in names)
     total = Operations(float32=runs * routed_flops(layer, tokens))
+    if recipe.statistics_with("gradients"):
+        total += Operations(float32=routed_flops(layer, min(recipe.gradient_tokens, tokens)))
     if "every_expert" in kinds:
         total += Operations(float32=2 * min(recipe.every_expert_tokens, tokens) * slots * size)
     if "output_cosine_sum" in names:

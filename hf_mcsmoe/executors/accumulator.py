@@ -125,13 +125,19 @@ class StatisticsAccumulator:
             layer: Name of the layer, for messages.
 
         Raises:
-            ValueError: No token was seen, or a sum is NaN or Inf.
+            ValueError: No token was seen, or none with its gradients where they are needed, or a sum is NaN or Inf.
         """
         sums = {name: value.cpu() for name, value in self.sums.items()}
         num_tokens = int(sums.pop("num_tokens", 0))
         if num_tokens == 0:
             raise ValueError(
                 f"No calibration token reached {layer!r}. Give text that uses it, or leave it out with exclude_layers."
+            )
+        without = [name for names in self.names_after_backward.values() for name in names if name not in sums]
+        if without:
+            raise ValueError(
+                f"No calibration token whose gradients were taken reached {layer!r}, so {', '.join(without)} is not "
+                "known. Raise gradient_tokens, or leave the layer out with exclude_layers."
             )
         for name, value in sums.items():
             if not torch.isfinite(value).all():

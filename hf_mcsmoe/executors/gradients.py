@@ -60,6 +60,23 @@ def check_in_memory(model: PreTrainedModel) -> None:
         )
 
 
+def batches_with_backward(calibration: Calibration, gradient_tokens: int | None) -> frozenset[int]:
+    """Positions of the batches that run backward: evenly spaced ones with about `gradient_tokens` real tokens.
+
+    A gradient asks for much more work than an output, and mean squares of gradients are known from fewer tokens than
+    what is fitted. Held-out batches never run backward.
+
+    Args:
+        calibration: Its batches for the statistics.
+        gradient_tokens: At least 1; None for all of them.
+    """
+    positions = [place for place, batch in enumerate(calibration.batches) if not batch.held_out]
+    if gradient_tokens is None:
+        return frozenset(positions)
+    number = min(len(positions), math.ceil(gradient_tokens * len(positions) / calibration.num_tokens))
+    return frozenset(positions[(2 * place + 1) * len(positions) // (2 * number)] for place in range(number))
+
+
 def graph_bytes(model: PreTrainedModel, layers: Sequence[MoeLayer], calibration: Calibration) -> int:
     """About what the graph of one decoder layer takes for the largest batch, rather too much than too little.
 

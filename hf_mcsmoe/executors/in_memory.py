@@ -19,7 +19,7 @@ from ..observation.layer_inputs import LayerInputs, tokens_of_batch
 from ..statistics import STATISTICS
 from ..types import LayerStatistics, MoeLayer
 from .decoder_inputs import decoder_modules, with_decoder_inputs
-from .gradients import check_gradients, check_in_memory, differentiable, graph_bytes, loss_of
+from .gradients import batches_with_backward, check_gradients, check_in_memory, differentiable, graph_bytes, loss_of
 from .observer import LayerObserver, announce, join_tied
 from .processes import current
 from .sharing import BatchOrder
@@ -68,6 +68,7 @@ def collect(
     held_out_tokens: int = HELD_OUT_TOKENS,
     calibration_tokens: int = 0,
     every_expert_tokens: int = 0,
+    gradient_tokens: int | None = None,
     refuse_unreached: bool = True,
     keeps_streams: bool = False,
     keeps_inputs: bool = True,
@@ -92,6 +93,7 @@ def collect(
         held_out_tokens: About how many held-out tokens to keep the inputs of.
         calibration_tokens: About how many of the others.
         every_expert_tokens: About how many tokens all experts are run on, for the statistics that ask for that.
+        gradient_tokens: About how many tokens run backward too, for the statistics of gradients; None for all.
         refuse_unreached: Whether it is an error that no token reached any of `layers`, which may be a few of many.
         keeps_streams: Keep the residual stream after each layer for the same tokens.
         keeps_inputs: Keep the inputs.
@@ -120,6 +122,7 @@ def collect(
     }
     everywhere = tokens_of_batch(every_expert_tokens, num_others)
     was_training = model.training
+    backward = batches_with_backward(calibration, gradient_tokens) if of_gradients else frozenset()
     processes, order = current(), BatchOrder(observers)
     model.eval()
     try:
@@ -140,7 +143,7 @@ def collect(
                 announce(observers, batch, limit_of[batch.held_out], everywhere, generators, input_device(model))
                 if not processes.takes(position):
                     continue  # the draws before it were made, so that every process draws alike
-                run_batch(model, batch, observers, position, forward, with_backward=bool(of_gradients))
+                run_batch(model, batch, observers, position, forward, with_backward=position in backward)
                 order.note(position)
     finally:
         model.train(was_training)
@@ -165,11 +168,13 @@ def run_batch(
     *,
     with_backward: bool,
 ) -> None:
-    """A forward of one batch, and a backward unless it is held out; arguments as for `collect`."""
+    """A forward of one batch, and a backward if it is to have one; arguments as for `collect`."""
     inputs = {name: to_device(value, input_device(model)) for name, value in batch.inputs.items()}
     called, inputs = forward_call(model, inputs)
     inputs |= cheap_forward(called)
-    if with_backward and not batch.held_out:
+    for observer in observers:
+        observer.has_backward = with_backward
+    if with_backward:
         run_backward(called, inputs, batch, observers)
     elif forward is None:
         called(**inputs)

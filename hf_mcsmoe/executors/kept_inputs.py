@@ -125,12 +125,13 @@ def correct(now: LayerInputs, original: LayerInputs) -> None:
 
 
 def amounts(wanted: Wanted, *, keeps_tokens: bool) -> dict[str, int]:
-    """How many tokens a forward keeps of a layer, how many it gives to every expert, and the seed; for `collect`."""
+    """How many tokens a forward keeps, gives to every expert and runs backward, and the seed; for `collect`."""
     return {
         "seed": wanted.seed,
         "held_out_tokens": FIT_HELD_OUT_TOKENS if wanted.keeps_tokens else HELD_OUT_TOKENS,
         "calibration_tokens": wanted.fit_tokens if wanted.keeps_tokens and keeps_tokens else 0,
         "every_expert_tokens": wanted.every_expert_tokens,
+        "gradient_tokens": wanted.gradient_tokens,
         "keeps_outputs": wanted.outputs and keeps_tokens,
     }
 

@@ -34,6 +34,7 @@ class LayerObserver:
         self.residual: ResidualStream | None = None
         self.keeps_inputs = True
         self.keeps_outputs = False  # where the experts module gives what its experts give, and nothing else
+        self.has_backward = False  # the present batch
         self.is_deaf = False  # while a backward pass runs layers once more
         self._waiting: list[list[Any]] = []  # (what was observed, d loss / d output) of the present batch
         self._logits: Tensor | None = None
@@ -129,7 +130,7 @@ class LayerObserver:
         if self._reads_outputs and self.sampled_tokens is not None:
             rows = output.detach().reshape(-1, output.shape[-1])
             self._kept.outputs.append(rows[self._sampled(len(rows)).to(rows.device)])
-        if self.accumulator.reads_gradients and output.requires_grad:
+        if self.has_backward and output.requires_grad:
             of_batch = self._waiting[-1]
             output.register_hook(lambda gradient: of_batch.append(gradient.detach()))
 
@@ -161,7 +162,7 @@ class LayerObserver:
                 self.residual.value if self.residual is not None else None,
             )
             self.accumulator.update(seen, self.layer)
-            if self.accumulator.reads_gradients:
+            if self.has_backward:
                 self._waiting.append([seen])
         if self.sampled_tokens is not None and self.keeps_inputs:
             rows = self._sampled(tokens).to(index.device)

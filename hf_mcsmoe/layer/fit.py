@@ -14,6 +14,7 @@ from ..expert_values import PackedExperts
 from ..observation.beside_experts import BesideExperts, joint_down, joint_offsets, with_joint_down
 from ..observation.gated_features import (
     Activation,
+    FeatureSums,
     RoutedTokens,
     add_outputs,
     dense_gates,
@@ -113,18 +114,21 @@ def fit_experts(
     tokens, held_out = with_bounded_sinks(tokens), with_bounded_sinks(held_out)
     is_known = known is not None and known.serves(experts, tokens)
     features = known if is_known else KeptFeatures(experts, activation, tokens)
-    columns = None
+    columns = sums = None
     if recipe.selection is not None and num_neurons < experts.num_neurons:
         is_uniform = recipe.layout == "native"
         budget = num_neurons // experts.num_experts if is_uniform else num_neurons
         least = least_width(budget, experts.num_experts, is_uniform)
         if saliency is None:
-            is_small = experts.num_neurons <= MOST_JOINT_NEURONS
+            if "sums" in SELECTION.asks_for(recipe.selection) and experts.num_neurons <= MOST_JOINT_NEURONS:
+                sums = sum_features(experts, activation, tokens, features)
             # Costs of neurons of all experts compare, so parts of one may be judged as if they were experts.
             judged, seen = in_parts(experts, tokens)
             supply = {
-                "grams": lambda: grams_of(features if judged is experts else KeptFeatures(judged, activation, seen)),
-                "sums": lambda: sum_features(experts, activation, tokens, features) if is_small else None,
+                "grams": lambda: grams_of(
+                    features if judged is experts else KeptFeatures(judged, activation, seen), sums
+                ),
+                "sums": lambda: sums,
                 "budget": lambda: (num_neurons, least),
                 **(supply or {}),
             }
@@ -132,15 +136,22 @@ def fit_experts(
         saliency = saliency.to(experts.up.device)
         kept = choose_neurons(saliency, experts.offsets.tolist(), budget, is_uniform)
         experts, columns = experts.select_neurons(kept), features.of_neurons(kept)
+        sums = sums if sums is None else sums.of_neurons(kept)
     if recipe.refit is None:
         return FittedExperts(experts, None, None, False)
-    return refit_down(experts, activation, recipe, tokens, held_out, columns or features, beside)
+    return refit_down(experts, activation, recipe, tokens, held_out, columns or features, beside, sums)
 
 
-def grams_of(features: KeptFeatures) -> list[Tensor]:
-    """For each expert the Gram of its gated neurons, (width, width) float64, also where no token reached it."""
+def grams_of(features: KeptFeatures, sums: FeatureSums | None = None) -> list[Tensor]:
+    """For each expert the Gram of its gated neurons, (width, width) float64, also where no token reached it.
+
+    `sums` are those of the same features, where they are at hand.
+    """
     of_what = (features.experts, features.activation, features.batches)
-    return with_unreached(sum_expert_grams(*of_what, features), *of_what)
+    if sums is None:
+        return with_unreached(sum_expert_grams(*of_what, features), *of_what)
+    blocks = itertools.starmap(slice, itertools.pairwise(features.experts.offsets.tolist()))
+    return with_unreached([sums.gram[block, block] for block in blocks], *of_what)
 
 
 def choose_neurons(saliency: Tensor, offsets: Sequence[int], budget: int, is_uniform: bool) -> Tensor:
@@ -180,12 +191,14 @@ def refit_down(
     held_out: list[RoutedTokens],
     features: Iterable[list[tuple[Tensor, Tensor]]] | None = None,
     beside: BesideExperts | None = None,
+    sums: FeatureSums | None = None,
 ) -> FittedExperts:
     """The experts with new down projections, unless held-out tokens say that the old ones were better.
 
     Above `MOST_JOINT_NEURONS` the joint Gram matrix is not built: see `refit_by_passes`, which takes the first of the
-    option `ridges`. `features` are those of `experts` on `tokens`, where they are at hand. `beside` is fitted with
-    them, from what it is, and stays or goes with them. No token counts more than `with_bounded_sinks` allows.
+    option `ridges`. `features` are those of `experts` on `tokens`, and `sums` theirs without those of `beside`, where
+    they are at hand. `beside` is fitted with them, from what it is, and stays or goes with them. No token counts more
+    than `with_bounded_sinks` allows.
     """
     tokens, held_out = with_bounded_sinks(tokens), with_bounded_sinks(held_out)
     judge = HeldOutError(experts, activation, held_out, beside) if held_out else None
@@ -195,7 +208,8 @@ def refit_down(
         parts, seen = in_parts(experts, tokens)
         best = refit_by_passes(parts, activation, seen, ridge, beside)
     else:
-        sums = sum_features(experts, activation, tokens, features, beside)
+        if sums is None or beside is not None:
+            sums = sum_features(experts, activation, tokens, features, beside)
         best = REFIT[recipe.refit](sums, judge, offsets, down.to(sums.gram.dtype), **recipe.refit_options)
     best = best.float()
     before, after = (judge.relative(one) if judge else None for one in (down, best))

@@ -55,6 +55,11 @@ class FeatureSums:
     energy: float  # sum of |y|^2
     num_tokens: int
 
+    def of_neurons(self, kept: Tensor) -> "FeatureSums":
+        """The same for some of the neurons, (P',) int64."""
+        gram = self.gram.index_select(0, kept).index_select(1, kept)
+        return FeatureSums(gram, self.cross.index_select(0, kept), self.energy, self.num_tokens)
+
     def error(self, down: Tensor, kept: Tensor | None = None) -> float:
         """Sum over the tokens of |y - phi[kept] down|^2.
 

@@ -18,7 +18,7 @@ PRESETS = {
         paper="Delta Decompression for MoE-based LLMs Compression (Gu et al., 2025)",
         url="https://arxiv.org/abs/2502.17298",
         notes="Base weighted by Fisher information, experts aligned first, whitening with a ridge; the base is not "
-        "pruned. Needs a backward pass. `keep` counts the base too.",
+        "pruned. Needs a backward pass over `gradient_tokens` calibration tokens. `keep` counts the base too.",
         recipe={**SHARE, "shared_base": "fisher_whitened_deltas"},
     ),
     "d2-moe-frequency": Preset(

@@ -7,7 +7,7 @@ from ..expert_values import PackedExperts
 from ..observation.gated_features import FeatureSums
 from ..refit.least_squares import mean_energies
 from ..selection import SELECTION
-from .gated_obs import saliency_by_gated_obs
+from .gated_obs import LEAST_IN_FLOAT32, saliency_by_gated_obs
 
 
 @SELECTION.register("joint_obs")
@@ -41,8 +41,9 @@ def order_by_joint_obs(
         block: Share of the remaining neurons that go between two updates.
 
     Returns:
-        (P,) float64: 0 for the neuron that goes first; those that stay come last. Time O(P^3), memory 24 P^2 bytes
-        beside the sums.
+        (P,) float64: 0 for the neuron that goes first; those that stay come last. Factors are float64, inverse and
+        elimination float32 from a `ridge` of `LEAST_IN_FLOAT32` on: that changes the problem by far less than the
+        ridge does. Time O(P^3), memory 24 P^2 bytes beside the sums.
     """
     found = joint_removals(experts, grams, sums, budget, ridge, block)
     if found is None:
@@ -75,21 +76,34 @@ def joint_removals(
     down = experts.down.to(gram.dtype)
     if not damping.any():
         return None
-    inverse = damped_inverse(gram, ridge * damping)
+    factor = damped_factor(gram, ridge * damping)
     # A Gram that stands for an expert adds nothing to what the layer is to give: the residual is of the real tokens.
-    best = down + inverse @ (sums.cross - sums.gram @ down)
-    return elimination(inverse, best, experts.expert_of_neuron.to(down.device), budget, block)
+    best = down + torch.cholesky_solve(sums.cross - sums.gram @ down, factor)
+    how = experts.expert_of_neuron.to(down.device), budget, block
+    if ridge >= LEAST_IN_FLOAT32:
+        unit = damping.mean()  # so that numbers are near 1
+        try:
+            order, costs = elimination(inverse_of((factor / unit.sqrt()).float()), best.float(), *how)
+            return order, costs.to(gram.dtype) * unit
+        except torch.linalg.LinAlgError:  # these features ask for more precision
+            pass
+    return elimination(inverse_of(factor), best, *how)
 
 
-def damped_inverse(gram: Tensor, damping: Tensor) -> Tensor:
-    """(gram + diag(damping))^-1, (P, P), with ten times the damping as often as it takes; damping (P,) > 0."""
+def damped_factor(gram: Tensor, damping: Tensor) -> Tensor:
+    """L with L L^T = gram + diag(damping), damping (P,) > 0, or with ten times that as often as it takes; (P, P)."""
     while True:
         damped = gram.clone()
         damped.diagonal().add_(damping)
         factor, is_singular = torch.linalg.cholesky_ex(damped)
         if not is_singular:
-            return torch.cholesky_inverse(factor)
+            return factor
         damping = 10 * damping
+
+
+def inverse_of(factor: Tensor) -> Tensor:
+    """(L L^T)^-1, (P, P), in less than half the time of `cholesky_inverse` where P is large."""
+    return torch.cholesky_solve(torch.eye(len(factor), dtype=factor.dtype, device=factor.device), factor)
 
 
 def elimination(
@@ -120,12 +134,13 @@ def elimination(
         order.append(left[free])
         stays = torch.ones_like(left, dtype=torch.bool).index_fill(0, free, False).nonzero().flatten()
         # Removing a set R costs |L^-1 down_R|^2 with L L^T = [H^-1]_RR, and its first rows what the first ones cost.
-        factor = torch.linalg.cholesky(inverse[free[:, None], free])
+        of_free = inverse.index_select(0, free)
+        factor = torch.linalg.cholesky(of_free.index_select(1, free))
         change = torch.linalg.solve_triangular(factor, down[free], upper=False)
-        coupling = torch.linalg.solve_triangular(factor, inverse[free[:, None], stays], upper=False)
+        coupling = torch.linalg.solve_triangular(factor, of_free.index_select(1, stays), upper=False)
         costs.append(change.square().sum(1))
-        down = down[stays] - coupling.T @ change
-        inverse = inverse[stays[:, None], stays] - coupling.T @ coupling
+        down = down[stays].addmm_(coupling.T, change, alpha=-1)
+        inverse = inverse.index_select(0, stays).index_select(1, stays).addmm_(coupling.T, coupling, alpha=-1)
         left = left[stays]
 
 

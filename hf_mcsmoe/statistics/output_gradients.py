@@ -14,6 +14,12 @@ def activation_energy(routed: ExpertTokens) -> Tensor:
     return routed.activations.square().sum(0)
 
 
+@STATISTICS.register("gradient_count", of="slots", gradients=True)
+def gradient_count(observed: ObservedTokens) -> Tensor:
+    """The part of `selection_count` whose gradients were taken, (N,) int64: see `Recipe.gradient_tokens`."""
+    return observed.sum_by_slot(torch.ones_like(observed.top_k_index))
+
+
 @STATISTICS.register("neuron_gradient_energy", of="expert", gradients=True)
 def neuron_gradient_energy(routed: ExpertTokens) -> Tensor:
     """Sum over the routed tokens of (gamma_t . down[:, a])^2, (N, I), with gamma_t = d loss / d f_i(x_t).
