@@ -23,19 +23,20 @@ def align_to_barycentre(weights: ExpertWeights, shares: Tensor, first: int, iter
             changes its place.
 
     Returns:
-        `order` (N, I) int64 for `ExpertWeights.permute_neurons`. O(I^2) memory and O(I^3) time at worst for each
-        expert and iteration, on the CPU.
+        `order` (N, I) int64 for `ExpertWeights.permute_neurons`. A float32 copy of the experts and O(I^2) memory;
+        O(I^3) time at worst for each expert and iteration, on the CPU.
     """
     order = None
-    base = weights.neurons(first)
+    neurons = [weights.neurons(expert) for expert in range(weights.num_experts)]
+    base = neurons[first]
     for _ in range(iterations):
-        new = torch.stack([match(base, weights.neurons(expert)) for expert in range(weights.num_experts)])
+        new = torch.stack([match(base, of_expert) for of_expert in neurons])
         if order is not None and torch.equal(new, order):
             break
         order = new
         base = torch.zeros_like(base)
-        for expert, share in enumerate(shares.tolist()):
-            base += share * weights.neurons(expert)[order[expert].to(base.device)]
+        for of_expert, share, places in zip(neurons, shares.tolist(), order, strict=True):
+            base.add_(of_expert.index_select(0, places.to(base.device)), alpha=share)
     return order if order is not None else torch.arange(weights.width).repeat(weights.num_experts, 1)
 
 
