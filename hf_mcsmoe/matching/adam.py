@@ -1,6 +1,7 @@
 """A few hundred steps of Adam on all matrices of a layer's experts, and its router."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -25,14 +26,16 @@ def match_by_adam(
     seed: int,
     steps: int = 200,
     tokens_per_step: int = 2048,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.16,
     router: bool = False,
 ) -> PackedExperts:
     """Minimise |y - layer(x)|^2 over the tokens, relative to the mean |y|^2.
 
     Layer-wise distillation on the layer alone: gradients never leave it, so it needs the memory of one layer. The
-    learning rate of a matrix is `learning_rate` times the root mean square of its entries, and falls linearly to 0.
-    The state with the least held-out error is kept, the first one included, so the result is never worse there.
+    learning rate of a matrix is `learning_rate` times the root mean square of its entries times the root of the
+    relative error of held-out tokens at the start (at most 1), because weights have about as far to go as outputs. It
+    falls linearly to 0. The state with the least held-out error is kept, the first one included, so the result is
+    never worse there.
 
     Args:
         experts: M experts, float32. They are not changed.
@@ -42,7 +45,7 @@ def match_by_adam(
         seed: Draws the tokens of each step.
         steps: Optimiser steps.
         tokens_per_step: Tokens of each step, drawn without replacement until all were seen.
-        learning_rate: Relative to the size of each matrix.
+        learning_rate: Relative to the size of each matrix and to the error that there is to make up for, > 0.
         router: Train the router's matrices as well. That did not help where it was tried: the choices of the original
             router are what the experts are made for.
 
@@ -51,11 +54,14 @@ def match_by_adam(
     """
     trained = {name: nn.Parameter(t.clone()) for name, t in experts.tensors().items()}
     parameters = [*trained.values(), *(tokens.router_parameters() if router else [])]
-    groups = [{"params": [p], "lr": learning_rate * p.detach().square().mean().sqrt().item()} for p in parameters]
+    best, least = snapshot(parameters), held_out_error(experts, activation, held_out)
+    if least == 0:
+        return experts
+    rate = learning_rate * (math.sqrt(min(1.0, least / held_out.energy)) if held_out.energy > 0 else 1.0)
+    groups = [{"params": [p], "lr": rate * p.detach().square().mean().sqrt().item()} for p in parameters]
     optimizer = torch.optim.Adam([group for group in groups if group["lr"] > 0], betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     scale = tokens.energy / len(tokens)
-    best, least = snapshot(parameters), held_out_error(experts, activation, held_out)
     for step, index in enumerate(draw(len(tokens), tokens_per_step, steps, seed)):
         batch = tokens.batch(index)
         output = apply_down(dataclasses.replace(experts, **trained), activation, batch)

@@ -33,7 +33,7 @@ JOINT_ORDER = (
     "one ridge regression fits all its down projections."
 )
 # Where a layer makes up for others, its experts move further: more and larger steps than for themselves alone.
-FURTHER = {"steps": 300, "learning_rate": 0.1}
+FURTHER = {"steps": 300, "learning_rate": 0.33}
 WIDE, NARROW = (
     "The budget is shared by all experts of a layer, so they end up with different widths.",
     "All experts become equally narrow, so the result is a plain model of the same class.",
