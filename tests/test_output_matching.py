@@ -7,8 +7,8 @@ import torch
 from fit_layers import activation, packed_experts, routed, slow_features, with_targets_of
 from torch.testing import assert_close
 
-from hf_mcsmoe.matching.adam import draw, held_out_error, match_by_adam
-from hf_mcsmoe.matching.tokens import MatchingTokens
+from hf_mcsmoe.matching.adam import draw, match_by_adam
+from hf_mcsmoe.matching.tokens import MatchingTokens, held_out_error
 
 WIDTHS = (4, 3, 5)
 EXPERTS = packed_experts(widths=WIDTHS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..expert_values import PackedExperts
 from ..matching import MATCHING
 from ..observation.gated_features import Activation, apply_down
-from .tokens import MatchingTokens
+from .tokens import MatchingTokens, held_out_error
 
 NUM_CHECKS = 5  # of the held-out error, spread evenly over the steps
 BETAS = (0.9, 0.98)  # short runs: a memory of 50 steps for the squares
@@ -95,13 +95,3 @@ def draw(num_tokens: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
 def snapshot(parameters: list[nn.Parameter]) -> list[Tensor]:
     """Copies of the values of parameters."""
     return [parameter.detach().clone() for parameter in parameters]
-
-
-@torch.no_grad()
-def held_out_error(experts: PackedExperts, activation: Activation, held_out: MatchingTokens) -> float:
-    """Squared error over all held-out tokens."""
-    error = torch.zeros((), dtype=torch.float64)
-    for index in torch.arange(len(held_out)).split(8192):
-        batch = held_out.batch(index)
-        error += (apply_down(experts, activation, batch) - batch.targets).double().square().sum().cpu()
-    return error.item()

@@ -10,8 +10,9 @@ import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 
+from ..expert_values import PackedExperts
 from ..observation.beside_experts import BesideExperts
-from ..observation.gated_features import RoutedTokens, dense_gates
+from ..observation.gated_features import Activation, RoutedTokens, apply_down, dense_gates
 from ..observation.layer_inputs import LayerInputs
 from ..types import MoeLayer
 
@@ -141,3 +142,13 @@ class MatchingTokens:
         targets = batch.targets if self.added is None else batch.targets + self.added[index]
         gates = None if self.dropped_gates is None else self.dropped_gates[index]
         return dataclasses.replace(batch, targets=targets, dropped_gates=gates)
+
+
+@torch.no_grad()
+def held_out_error(experts: PackedExperts, activation: Activation, held_out: MatchingTokens) -> float:
+    """Squared error over all held-out tokens."""
+    error = torch.zeros((), dtype=torch.float64)
+    for index in torch.arange(len(held_out)).split(BATCH_TOKENS):
+        batch = held_out.batch(index)
+        error += (apply_down(experts, activation, batch) - batch.targets).double().square().sum().cpu()
+    return error.item()

@@ -32,6 +32,10 @@ JOINT_ORDER = (
     "Neurons go by the Optimal Brain Surgeon, applied to the gated features of all experts of a layer together; then "
     "one ridge regression fits all its down projections."
 )
+STEP = (
+    "After that one Gauss-Newton step on the gate and up projections, by five conjugate gradients, and the regression "
+    "again."
+)
 # Where a layer makes up for others, its experts move further: more and larger steps than for themselves alone.
 FURTHER = {"steps": 300, "learning_rate": 0.33}
 WIDE, NARROW = (
@@ -74,14 +78,20 @@ PRESETS = {
     "joint-obs-corrected": Preset(
         paper=OURS,
         url=SURGEON,
-        notes=f"{JOINT_ORDER} {WIDE} {IN_ORDER}",
-        recipe={**SELECT_AND_REFIT, **CORRECTED, "selection": "joint_obs"},
+        notes=f"{JOINT_ORDER} {WIDE} {IN_ORDER} {STEP}",
+        recipe={**SELECT_AND_REFIT, **CORRECTED, "selection": "joint_obs", "matching": "gauss_newton"},
     ),
     "narrow-obs-corrected": Preset(
         paper=OURS,
         url=SURGEON,
-        notes=f"{JOINT_ORDER} {NARROW} {IN_ORDER}",
-        recipe={"layout": "native", **SELECT_AND_REFIT, **CORRECTED, "selection": "joint_obs"},
+        notes=f"{JOINT_ORDER} {NARROW} {IN_ORDER} {STEP}",
+        recipe={
+            "layout": "native",
+            **SELECT_AND_REFIT,
+            **CORRECTED,
+            "selection": "joint_obs",
+            "matching": "gauss_newton",
+        },
     ),
     "joint-obs-corrected-matched": Preset(
         paper=OURS,
