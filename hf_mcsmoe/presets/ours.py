@@ -23,7 +23,9 @@ OBS = (
 )
 MATCHED = "After that a few hundred steps of Adam on the experts of each layer alone, and the regression again."
 # One layer after another: its targets also make up for what the compressed layers before it lost.
-CORRECTED = {"sequential": True, "targets": "original_stream", "selection": "joint_obs"}
+CORRECTED = {"sequential": True, "targets": "original_stream"}
+# Joint costs are those of a linear refit: better where no more than that follows, and not where Adam does.
+JOINTLY = {"selection": "joint_obs", "matching": "gauss_newton"}
 IN_ORDER = (
     "Layers go one after another, and each is fitted to bring the residual stream back to the original model's, so it "
     "also makes up for what the ones before it lost. It takes one forward for each layer, up to that layer."
@@ -79,24 +81,24 @@ PRESETS = {
         paper=OURS,
         url=SURGEON,
         notes=f"{JOINT_ORDER} {WIDE} {IN_ORDER} {STEP}",
-        recipe={**SELECT_AND_REFIT, **CORRECTED, "matching": "gauss_newton"},
+        recipe={**SELECT_AND_REFIT, **CORRECTED, **JOINTLY},
     ),
     "narrow-obs-corrected": Preset(
         paper=OURS,
         url=SURGEON,
         notes=f"{JOINT_ORDER} {NARROW} {IN_ORDER} {STEP}",
-        recipe={"layout": "native", **SELECT_AND_REFIT, **CORRECTED, "matching": "gauss_newton"},
+        recipe={"layout": "native", **SELECT_AND_REFIT, **CORRECTED, **JOINTLY},
     ),
     "joint-obs-corrected-matched": Preset(
         paper=OURS,
         url=SURGEON,
-        notes=f"{JOINT_ORDER} {WIDE} {IN_ORDER} {MATCHED}",
+        notes=f"{OBS} {WIDE} {IN_ORDER} {MATCHED}",
         recipe={**SELECT_AND_REFIT, **CORRECTED, "matching": "adam", "matching_options": FURTHER},
     ),
     "narrow-obs-corrected-matched": Preset(
         paper=OURS,
         url=SURGEON,
-        notes=f"{JOINT_ORDER} {NARROW} {IN_ORDER} {MATCHED}",
+        notes=f"{OBS} {NARROW} {IN_ORDER} {MATCHED}",
         recipe={"layout": "native", **SELECT_AND_REFIT, **CORRECTED, "matching": "adam", "matching_options": FURTHER},
     ),
 }
