@@ -95,18 +95,15 @@ class Recipe(LayerBudget):
             the original model, so that each layer also makes up for what the compressed ones before it lost.
         fit_tokens: Calibration tokens that selection, refit and other steps that run experts again see, about.
         every_expert_tokens: Calibration tokens that all experts are run on, about, where a statistic asks for that.
-        gradient_tokens: Calibration tokens that run backward too, about, where a statistic reads gradients of the
-            loss: whole batches, evenly spaced.
-        exclude_layers: Layers left as they are: positions among the MoE layers (int) or patterns of
-            `fnmatch` on the name of the experts module (str).
+        gradient_tokens: Calibration tokens, about, that run backward too, where a statistic reads gradients.
+        exclude_layers: Layers that stay: positions of MoE layers (int), `fnmatch` patterns of experts modules (str).
         decomposition: How every matrix of the merged experts becomes W = L R + S of low rank and few rows; None
             leaves it. Its options are `rank` (else 32) or `parameter_ratio`, `keep_rows` (the share of the rows of S)
             and `alternations`.
         collapse_duplicates: In the mapped layout several slots of a token may hold one expert; compute
             it once and add the weights. "auto" does so where held-out tokens show enough duplicates.
         seed: Seeds whatever draws random numbers.
-        preset: Name of the preset that this recipe started from, if any. Only `recipe_from_preset` sets it: a
-            name alone would claim a method whose steps were not taken.
+        preset: Which one it started from. Only `recipe_from_preset` sets it: a name alone would claim steps not taken.
 
     Raises:
         ValueError: A name, an option or a bound is not allowed.

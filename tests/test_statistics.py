@@ -8,7 +8,11 @@ from hf_mcsmoe.observation.observed import ObservedTokens, sum_dtype
 from hf_mcsmoe.statistics import STATISTICS
 
 NUM_SLOTS, TOP_K, NUM_TOKENS = 6, 2, 37
-ALL = frozenset(name for name in STATISTICS if STATISTICS.trait(name, "of") == "slots")
+ALL = frozenset(
+    name
+    for name in STATISTICS
+    if STATISTICS.trait(name, "of") == "slots" and not STATISTICS.trait(name, "gradients", False)
+)
 
 
 @pytest.fixture

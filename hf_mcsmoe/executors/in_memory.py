@@ -116,10 +116,8 @@ def collect(
     generators = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     num_held_out = sum(batch.held_out for batch in calibration.batches)
     num_others = len(calibration.batches) - num_held_out
-    limit_of = {
-        True: tokens_of_batch(held_out_tokens, num_held_out),
-        False: tokens_of_batch(calibration_tokens, num_others),
-    }
+    # By whether a batch is held out.
+    limit_of = tokens_of_batch(calibration_tokens, num_others), tokens_of_batch(held_out_tokens, num_held_out)
     everywhere = tokens_of_batch(every_expert_tokens, num_others)
     was_training = model.training
     backward = batches_with_backward(calibration, gradient_tokens) if of_gradients else frozenset()
