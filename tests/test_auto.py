@@ -123,6 +123,7 @@ def choose(model, compress, **changes):
     return auto.choose_recipe(model, request(**changes).to_recipe(), load_calibration(ROWS), compress, progress=False)
 
 
+@pytest.mark.slow
 def test_copies_are_compared_with_the_model_as_it_was(monkeypatch):
     model, kept, compared = one_layer(), [], []
     before = copy.deepcopy(model.state_dict())
@@ -147,6 +148,7 @@ def test_copies_are_compared_with_the_model_as_it_was(monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_result_is_the_same_each_time_and_draws_no_global_number(mapped):
     model = one_layer()  # draws its weights
     state = torch.get_rng_state()
@@ -160,6 +162,7 @@ def test_the_result_is_the_same_each_time_and_draws_no_global_number(mapped):
 # --- the native layout
 
 
+@pytest.mark.slow
 def test_native_results_are_plain_models_of_the_best_native_recipe():
     model = run(one_layer(), keep=0.5, layout="native")
     assert type(model).__name__ == "Qwen3MoeForCausalLM"
@@ -190,6 +193,7 @@ def test_what_the_router_cannot_have_is_skipped_with_the_reason(divergences):
     assert tried[1].is_chosen and model.compression_report.recipe["preset"] == "narrow-obs-matched"
 
 
+@pytest.mark.slow
 def test_what_only_a_trial_shows_to_be_impossible_is_skipped():
     def compress(_, recipe):
         if recipe.preset == "joint-obs":
@@ -236,6 +240,7 @@ def test_steps_cannot_be_set_beside_auto(changes, message):
         plan(one_layer(), request(**changes).to_recipe())
 
 
+@pytest.mark.slow
 def test_it_is_loaded_where_it_was_to_be_streamed_and_says_so(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_mcsmoe.executors.streaming_choice.logger.warning", said.append)
@@ -303,6 +308,7 @@ def command(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_what_was_tried(tmp_path):
     one_layer().save_pretrained(tmp_path / "in")
     np.save(tmp_path / "tokens.npy", ROWS.numpy())

@@ -91,6 +91,7 @@ def test_inspect_shows_widths(ragged):
     assert f"32x{neurons[0] / 8:.4g}" in text and "of 24" in text and "RaggedQwen3MoeExperts" in text
 
 
+@pytest.mark.slow
 def test_they_are_evaluated_like_any_other(tiny, tokens, decomposed, ragged):  # noqa: F811
     for folder in (decomposed[0], ragged):
         words = ("--baseline", tiny, "--data", tokens, "--json", "--save")

@@ -93,6 +93,7 @@ def test_recipes_are_those_of_the_layouts_that_a_preset_has_each_once():
         recipes_to_compare(["reep"], [0.5])
 
 
+@pytest.mark.slow
 def test_the_picture_shows_every_result(original, tokens, judged, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes

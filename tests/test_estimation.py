@@ -54,6 +54,7 @@ def test_a_forward_has_the_operations_that_torch_counts(model_type):
     assert forward_flops(empty_model(model.config), 4, 16) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["m-smoe", "hc-smoe", "sub-moe", "moe-i2", "reap", "mone", "camera-p", "joint-obs"])
 def test_calibration_has_the_operations_and_leaves_the_bytes_that_are_said(preset, model, data):
     recipe, layers, work = recipe_from_preset(preset), find_layers(model), Workload.of(data)

@@ -13,6 +13,7 @@ def beside(tiny, tokens, compressed):
     return json.loads(succeed("evaluate", compressed[0], "--baseline", tiny, "--data", tokens, "--json"))
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time_gives_the_same_scores(tiny, tokens, compressed, beside, tmp_path):
     folder, cache = compressed[0], tmp_path / "base.safetensors"
     options = ("--data", tokens, "--baseline-cache", cache, "--json")

@@ -21,6 +21,7 @@ def run(*command: str, environment: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_quickstart_halves_the_experts_and_writes_on(tmp_path):
     printed = run(str(EXAMPLES / "quickstart.py"), "--output", str(tmp_path / "out"))
     assert "2,827,648 -> 1,648,000 parameters" in printed  # 64 -> 32 experts of 3 * 96 * 128 numbers each

@@ -175,6 +175,7 @@ def offload(model, where, folder):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("form", FORM_NAMES)
 @torch.no_grad()

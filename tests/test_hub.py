@@ -317,6 +317,7 @@ def test_an_object_without_a_report_is_refused(hub, client, source):
     assert "alice/none" not in hub.repositories
 
 
+@pytest.mark.slow
 def test_a_trainer_keeps_the_card(hub, client, results, tmp_path):
     code = f"""
 import torch
@@ -341,6 +342,7 @@ trainer.push_to_hub()
     assert "modeling_hf_mcsmoe.py" in files
 
 
+@pytest.mark.slow
 def test_any_trainer_can_keep_the_card(hub, client, results, source, tmp_path):
     code = f"""
 from transformers import Trainer, TrainingArguments

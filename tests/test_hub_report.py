@@ -1,5 +1,6 @@
 """The report of a repository on a Hub server on loopback, from a process of its own."""
 
+import pytest
 from hub_checkpoints import push
 from hub_clients import Client, environment
 from hub_server import Hub
@@ -15,6 +16,7 @@ result = [done.exit_code, done.output]
 """
 
 
+@pytest.mark.slow
 def test_the_report_of_a_repository_becomes_a_page_without_its_weights(checkpoint, stream, tmp_path):
     stream(checkpoint("qwen3_moe"), keep=0.5)
     hub = Hub({TOKEN: ("alice", True)})

@@ -95,6 +95,7 @@ def test_auto_fits_all_of_its_candidates(original, tokens):
     assert result.compression_report.fit["keep"] == result.compression_report.recipe["keep"]
 
 
+@pytest.mark.slow
 def test_the_command_line_and_a_file_agree(tmp_path):
     tiny_config("qwen3_moe").save_pretrained(tmp_path)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"preset": "joint-obs", **ASKED}))

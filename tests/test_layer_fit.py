@@ -70,6 +70,7 @@ def cases(skipped=SAME_FIELD_ELSEWHERE):
 # --- what the result is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "name"), cases())
 def test_report_plan_and_checkpoint_agree_and_it_loads_again(model_type, name, original, tokens, prompt, tmp_path):
     recipe, before = RECIPES[name], original(model_type)

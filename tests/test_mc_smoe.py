@@ -127,6 +127,7 @@ def test_bytes_on_disk_and_sizes_are_those_of_the_plan(rule, family, original, c
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_streaming_writes_the_same_bytes(rule, family, checkpoint, stream, tokens, tmp_path):

@@ -108,6 +108,7 @@ def in_memory(source, tokens) -> Callable[[str, str], PreTrainedModel]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "model_type"), CASES)
 def test_an_offloaded_model_gives_the_same_result(
     way, model_type, layout, source, in_memory, tokens, prompt, tmp_path

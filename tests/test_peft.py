@@ -63,6 +63,7 @@ def auto_class_of(model_type):
     return AutoModelForSeq2SeqLM if model_type == "switch_transformers" else AutoModelForCausalLM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_adapter_survives_disk_and_merging(compress, tmp_path, prompt, model_type, form):

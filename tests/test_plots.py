@@ -203,6 +203,7 @@ def test_files_are_pictures(size, tmp_path):
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["usage.png"]
 
 
+@pytest.mark.slow
 def test_the_same_report_gives_the_same_bytes():
     report = synthetic_report(1, 3, tried=TRIALS)
     values = values_of(report)

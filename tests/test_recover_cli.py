@@ -99,6 +99,7 @@ def test_recover_writes_a_better_checkpoint_with_its_reports(folders, data, tmp_
     assert "## Recovery" not in (folders[0] / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_recovery_is_resumed_to_equal_bits(folders, data, tmp_path, monkeypatch):
     succeed(*recover(folders, data, tmp_path / "whole"))
     step = Trainer.training_step
@@ -157,6 +158,7 @@ def test_text_is_packed_and_every_domain_held_out(tmp_path):
     assert len(fewer.train) + len(fewer.held_out) == 8
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_learns_from_inputs_and_targets(tmp_path):
     student, teacher = models("seq2seq")
     save_checkpoint(student, student.compression_report, tmp_path / "student", tokenizer=tokenizer())

@@ -82,6 +82,7 @@ def test_sizes_in_the_report_are_those_of_the_file(folders, pruned):  # noqa: F8
     assert pruning["rank"] == 4 and sum(layer["sparse_rows"] for layer in report["layers"]) == pruning["kept_rows"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_pruning_is_resumed_to_equal_bits(folders, data, tmp_path, monkeypatch):  # noqa: F811
     succeed(*recover(folders, data, tmp_path / "whole", *PRUNE))
     step = Trainer.training_step

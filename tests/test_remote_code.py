@@ -117,6 +117,7 @@ def logits(folder):
     return AutoModelForCausalLM.from_pretrained(folder)(input_ids=PROMPT).logits
 
 
+@pytest.mark.slow
 def test_a_native_checkpoint_needs_nothing_but_transformers(finished, checkpoints):
     found = load_file(finished["without"] / "logits.safetensors")
     assert torch.equal(found["native"], logits(checkpoints["native"]))

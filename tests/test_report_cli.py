@@ -75,6 +75,7 @@ def test_saved_scores_are_on_the_page(folder):
     assert "Not evaluated" not in page and f"{EVALUATION.overall.kl:.4f}" in page
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plots")
 def test_a_push_takes_page_plots_and_statistics_as_they_are(checkpoint, stream, tmp_path):
     stream(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "secret-project" / "model"), keep=0.5)

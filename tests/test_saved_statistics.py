@@ -25,6 +25,7 @@ def saved(original, tokens, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"])
 def test_one_run_serves_several_methods_at_any_ratio(model_type, saved, original, compress, prompt, tmp_path):
     presets = [p for p in SHARED if p != "narrow-obs" or model_type == "qwen3_moe"]  # native widths need a plain field

@@ -49,6 +49,7 @@ def test_the_latent_size_is_the_largest_that_fits():
         latent_size(sizes, 8, 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "switch_transformers"])
 @pytest.mark.parametrize("rule", RULES)
 def test_plan_report_model_and_checkpoint_agree(rule, family, original, tokens, tmp_path):

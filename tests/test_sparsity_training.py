@@ -92,6 +92,7 @@ def test_hardened_when_the_training_ends(model, make_trainer, prompt, tmp_path):
     assert torch.equal(loaded(prompt).logits, model.eval()(prompt).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trainer_does_what_a_plain_loop_does(model, make_trainer, dataset, accumulation):
     by_hand = copy.deepcopy(model).train()
@@ -142,6 +143,7 @@ def test_resumed_training_is_bit_equal(model, make_trainer, stop_after, tmp_path
     assert_equal_weights(model, resumed)
 
 
+@pytest.mark.slow
 def test_resumed_with_restored_callbacks(model, make_trainer, tmp_path):
     start = copy.deepcopy(model)
     how = {"save_strategy": "steps", "save_steps": 5, "restore_callback_states_from_checkpoint": True}

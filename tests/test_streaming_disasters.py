@@ -87,6 +87,7 @@ def test_a_run_goes_on_with_nothing_else_than_it_began_with(change, unfinished, 
     assert not (tmp_path / "streamed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_single", [False, True])
 def test_a_flipped_bit_anywhere_in_a_header_is_an_error_or_changes_nothing(
     is_single, checkpoint, own_checkpoint, stream, tmp_path
@@ -142,6 +143,7 @@ WRITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES)
 def test_a_full_disk_is_said_wherever_it_strikes(write, checkpoint, stream, monkeypatch, tmp_path):
     folder = checkpoint("mixtral")

@@ -66,6 +66,7 @@ SEQUENTIAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", SEQUENTIAL.values(), ids=SEQUENTIAL)
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "nemotron_h"])
 def test_sequential_recipes_see_the_compressed_layers_before(model_type, changes, both, forwards):
@@ -85,6 +86,7 @@ def test_a_sequential_recipe_is_another_one(both, stream, checkpoint, tmp_path):
     assert not same_tensors(tmp_path / "streamed", tmp_path / "streaming")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [REFIT, EVERYWHERE | {"every_expert_tokens": 48, "refit": "least_squares"}])
 @pytest.mark.parametrize("has_room", [True, False])
 def test_the_second_pass_runs_data_only_where_tokens_had_no_room(has_room, changes, both, forwards, monkeypatch):
@@ -104,6 +106,7 @@ def test_room_for_tokens_counts_all_layers_and_the_result(tokens, monkeypatch, t
         assert streaming_passes.has_room_for_tokens(tmp_path, Recipe(), layers, data, 100) is expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["statistics", "budgets", "layer"])
 @pytest.mark.parametrize("changes", [REFIT, SEQUENTIAL["global"]], ids=["one-shot", "sequential"])
 def test_both_passes_go_on_where_they_were(step, changes, checkpoint, stream, forwards, monkeypatch, tmp_path):

@@ -349,6 +349,7 @@ def test_a_mapped_result_can_be_exported_though_experts_are_wider(write_compress
     assert logits(plain, prompt).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["mapped", "native"])
 @pytest.mark.parametrize("changes", [{}, {"sequential": True}, {"sequential": True, "targets": "original_stream"}])
 def test_streaming_gives_the_same(changes, layout, checkpoint, stream, tokens, tmp_path):

@@ -61,6 +61,7 @@ def test_the_entry_point_names_the_function():
     assert getattr(importlib.import_module(module), function) is vllm_plugin.register
 
 
+@pytest.mark.slow
 def test_the_package_does_not_need_vllm():
     loaded = "any(n.startswith('vllm') for n in sys.modules)"
     code = f"import sys, hf_mcsmoe, hf_mcsmoe.serving.vllm_plugin; assert not {loaded}"

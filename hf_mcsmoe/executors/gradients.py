@@ -73,7 +73,7 @@ def batches_with_backward(calibration: Calibration, gradient_tokens: int | None)
     positions = [place for place, batch in enumerate(calibration.batches) if not batch.held_out]
     if gradient_tokens is None:
         return frozenset(positions)
-    number = min(len(positions), math.ceil(gradient_tokens * len(positions) / calibration.num_tokens))
+    number = min(len(positions), max(1, round(gradient_tokens * len(positions) / calibration.num_tokens)))
     return frozenset(positions[(2 * place + 1) * len(positions) // (2 * number)] for place in range(number))
 
 

@@ -92,8 +92,16 @@ PRESETS = {
         "their gates, the Optimal Brain Surgeon takes those that the layer's output needs least, and one ridge "
         "regression fits all down projections of a layer to its original output. The budget is shared by all groups "
         "of a layer, which end up with different widths; layout='native' makes them as wide as the experts were, a "
-        "plain model. More and smaller groups of the same neurons (keep_experts above keep) lose less.",
-        recipe={"alignment": None, "merging": "union", "selection": "joint_obs", "refit": "least_squares"},
+        "plain model. More and smaller groups of the same neurons (keep_experts above keep) lose less, and so does "
+        "selection='joint_obs', in twice the time.",
+        # A token has as many more features as its groups have members, so it takes fewer tokens in the same time.
+        recipe={
+            "alignment": None,
+            "merging": "union",
+            "selection": "gated_obs",
+            "refit": "least_squares",
+            "fit_tokens": 12_288,
+        },
     ),
     "dern": Preset(
         paper="Dropping Experts, Recombining Neurons: Retraining-Free Pruning for Sparse Mixture-of-Experts LLMs "
