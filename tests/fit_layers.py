@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import relu, silu
 
 from hf_mcsmoe.expert_values import PackedExperts
-from hf_mcsmoe.observation.gated_features import RoutedTokens
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 
 HIDDEN = 6
 FORMATS = {

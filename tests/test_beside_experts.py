@@ -13,9 +13,10 @@ from hf_mcsmoe.layer import fit
 from hf_mcsmoe.layer.fit import fit_experts, refit_down
 from hf_mcsmoe.layer.refit_by_passes import refit_by_passes
 from hf_mcsmoe.matching.tokens import MatchingTokens
-from hf_mcsmoe.observation import gated_features, sinks
+from hf_mcsmoe.observation import sinks, token_batches
 from hf_mcsmoe.observation.beside_experts import BesideExperts, joint_offsets
-from hf_mcsmoe.observation.gated_features import in_chunks, sum_features
+from hf_mcsmoe.observation.gated_features import sum_features
+from hf_mcsmoe.observation.token_batches import in_chunks
 from hf_mcsmoe.recipe import Recipe
 
 WIDTHS, SHARED, DROPPED = (4, 0, 3, 5), 7, 3
@@ -221,7 +222,7 @@ def test_the_changes_outputs_are_those_of_the_slow_features(kind):
 
 
 def test_gates_of_dropped_slots_are_cut_and_joined_with_their_tokens(monkeypatch):
-    monkeypatch.setattr(gated_features, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(token_batches, "CHUNK_TOKENS", 5)
     batches = [tokens_of(n, seed=n) for n in (7, 1, 12, 2)]
     whole = torch.cat([batch.dropped_gates for batch in batches])
     chunks = list(in_chunks(batches))

@@ -21,9 +21,8 @@ from tiny_models import tiny_model
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.layer.compression import as_float32
 from hf_mcsmoe.layer.fit import routed_tokens, with_answers
-from hf_mcsmoe.observation import gated_features
+from hf_mcsmoe.observation import gated_features, token_batches
 from hf_mcsmoe.observation.gated_features import (
-    RoutedTokens,
     apply_down,
     dense_gates,
     sum_expert_grams,
@@ -32,6 +31,7 @@ from hf_mcsmoe.observation.gated_features import (
 )
 from hf_mcsmoe.observation.kept_features import KeptFeatures
 from hf_mcsmoe.observation.layer_inputs import LayerInputs, ignore_passive
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WIDTHS = (4, 0, 3, 5, 2)  # rank != id: expert 0 is the most used, not the widest; expert 1 has no neurons
@@ -67,7 +67,7 @@ def assert_sums(sums, experts, whole):
 
 @pytest.mark.parametrize("chunk", [8192, 12, 5, 1])
 def test_sums_are_those_of_the_slow_features(experts, chunk, monkeypatch):
-    monkeypatch.setattr(gated_features, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(token_batches, "CHUNK_TOKENS", chunk)
     batches = ragged_batches()
     sums = sum_features(experts, activation, batches)
     assert_sums(sums, experts, joined(batches))
@@ -87,7 +87,7 @@ def test_weights_of_experts_may_be_narrow():
 
 @pytest.mark.parametrize("chunk", [8192, 3])
 def test_grams_of_experts_are_the_diagonal_blocks(experts, chunk, monkeypatch):
-    monkeypatch.setattr(gated_features, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(token_batches, "CHUNK_TOKENS", chunk)
     batches = ragged_batches()
     phi = slow_features(experts, joined(batches))
     grams = sum_expert_grams(experts, activation, batches)
@@ -100,7 +100,7 @@ def test_grams_of_experts_are_the_diagonal_blocks(experts, chunk, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [8192, 3])
 def test_input_grams_count_each_token_of_an_expert_once_without_its_gate(experts, chunk, monkeypatch):
-    monkeypatch.setattr(gated_features, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(token_batches, "CHUNK_TOKENS", chunk)
     batches = ragged_batches()
     whole, offsets = joined(batches), experts.offsets.tolist()
     phi = slow_features(experts, RoutedTokens(whole.hidden_states, (whole.gates != 0).float(), whole.targets))
@@ -140,18 +140,18 @@ def test_nothing_is_summed_without_tokens_or_for_experts_that_none_reaches(exper
 
 
 def test_long_batches_are_cut_and_short_ones_joined(monkeypatch):
-    monkeypatch.setattr(gated_features, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(token_batches, "CHUNK_TOKENS", 5)
     batches = [routed(n, 3, seed=n) for n in (2, 2, 2, 11, 1, 4, 1)]
     more = [
         {"dropped_gates": torch.rand(len(batch.gates), 2), "scale": torch.rand(len(batch.gates))} for batch in batches
     ]
     batches = [dataclasses.replace(batch, **fields) for batch, fields in zip(batches, more, strict=True)]
-    pieces = list(gated_features.in_chunks(batches))
+    pieces = list(token_batches.in_chunks(batches))
     assert [len(piece.gates) for piece in pieces] == [4, 2, 5, 5, 2, 5]
     for field in dataclasses.fields(RoutedTokens):
         whole = torch.cat([getattr(piece, field.name) for piece in pieces])
         assert torch.equal(whole, torch.cat([getattr(batch, field.name) for batch in batches]))
-    assert list(gated_features.in_chunks([])) == []
+    assert list(token_batches.in_chunks([])) == []
 
 
 def test_gates_add_up_slots_of_one_expert_and_leave_out_what_is_none():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from fit_layers import FORMATS, activation, packed_experts, routed, slow_constants, slow_features
 
-from hf_mcsmoe.observation import gated_features
-from hf_mcsmoe.observation.gated_features import RoutedTokens
+from hf_mcsmoe.observation import token_batches
 from hf_mcsmoe.observation.held_out_error import HeldOutError
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 
 WIDTHS = (4, 0, 3, 5)
 
@@ -14,7 +14,7 @@ WIDTHS = (4, 0, 3, 5)
 @pytest.mark.parametrize("names", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("columns", [slice(None), slice(None, None, 4)], ids=["all", "some"])
 def test_it_is_the_squared_residual_in_the_columns(names, columns, monkeypatch):
-    monkeypatch.setattr(gated_features, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(token_batches, "CHUNK_TOKENS", 7)
     experts = packed_experts(names, WIDTHS, hidden=10)
     batches = [routed(n, 4, hidden=10, seed=n) for n in (9, 4, 11)]
     down = torch.randn(12, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -9,8 +9,9 @@ from test_layer_fit import fit, reports
 
 from hf_mcsmoe.layer import fit as layer_fit
 from hf_mcsmoe.layer.fit import LEAST_SHARE, choose_neurons, grams_of, least_width
-from hf_mcsmoe.observation.gated_features import RoutedTokens, sum_features
+from hf_mcsmoe.observation.gated_features import sum_features
 from hf_mcsmoe.observation.kept_features import KeptFeatures
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 from hf_mcsmoe.refit.least_squares import mean_energies
 from hf_mcsmoe.selection.gated_obs import saliency_by_gated_obs
 from hf_mcsmoe.selection.joint_obs import is_above, order_by_joint_obs

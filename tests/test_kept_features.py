@@ -7,7 +7,7 @@ import torch
 from fit_layers import FORMATS, activation, packed_experts, routed
 
 from hf_mcsmoe.layer.fit import fit_experts, with_answers
-from hf_mcsmoe.observation import gated_features, kept_features
+from hf_mcsmoe.observation import kept_features, token_batches
 from hf_mcsmoe.observation.gated_features import apply_down, features_in_chunks, sum_expert_grams, sum_features
 from hf_mcsmoe.observation.kept_features import KeptFeatures
 from hf_mcsmoe.recipe import Recipe
@@ -18,7 +18,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-4}
 
 @pytest.fixture
 def batches(monkeypatch):
-    monkeypatch.setattr(gated_features, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(token_batches, "CHUNK_TOKENS", 7)
     return [routed(tokens, len(WIDTHS), seed=tokens) for tokens in (5, 3, 16)]
 
 

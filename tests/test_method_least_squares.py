@@ -21,8 +21,8 @@ from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.merging.least_squares_down import merge_by_least_squares_down
 from hf_mcsmoe.merging.pleas import merge_by_permuted_least_squares
 from hf_mcsmoe.observation.expert_activations import hidden_states_of
-from hf_mcsmoe.observation.gated_features import RoutedTokens
 from hf_mcsmoe.observation.layer_tokens import LayerTokens
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.similarity.inner_weights import inner_weight_similarity
 from hf_mcsmoe.solvers.down_fit import solve, weighted_mean

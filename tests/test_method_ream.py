@@ -18,8 +18,8 @@ from hf_mcsmoe.alignment.weights_and_activations import (
 from hf_mcsmoe.calibration import load_calibration
 from hf_mcsmoe.grouping.pseudo_pruning import group_by_pseudo_pruning
 from hf_mcsmoe.merging.weighted_average_without_zeros import merge_by_weighted_average_without_zeros
-from hf_mcsmoe.observation.gated_features import RoutedTokens
 from hf_mcsmoe.observation.layer_tokens import LayerTokens
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 from hf_mcsmoe.recipe_reading import recipe_from_preset
 from hf_mcsmoe.similarity.gated_outputs_and_logits import gated_output_and_logit_similarity
 from hf_mcsmoe.types import ExpertGroups, ExpertWeights, LayerStatistics

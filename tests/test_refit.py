@@ -9,7 +9,8 @@ from fit_layers import FORMATS, HIDDEN, activation, packed_experts, routed, slow
 from fit_layers import with_targets_of as targets_of
 
 from hf_mcsmoe.layer.fit import fit_experts, refit_down
-from hf_mcsmoe.observation.gated_features import FeatureSums, RoutedTokens
+from hf_mcsmoe.observation.gated_features import FeatureSums
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.refit.least_squares import RIDGES, mean_energies, refit_by_least_squares
 

@@ -8,7 +8,8 @@ from torch.nn.functional import silu
 
 from hf_mcsmoe.expert_values import PackedExperts
 from hf_mcsmoe.layer import fit, refit_by_passes
-from hf_mcsmoe.observation.gated_features import RoutedTokens, apply_down, sum_features
+from hf_mcsmoe.observation.gated_features import apply_down, sum_features
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 from hf_mcsmoe.recipe import Recipe
 from hf_mcsmoe.refit.least_squares import refit_by_least_squares
 

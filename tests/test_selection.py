@@ -11,7 +11,8 @@ from hf_mcsmoe.expert_values import PackedExperts
 from hf_mcsmoe.layer import unreached
 from hf_mcsmoe.layer.fit import choose_neurons
 from hf_mcsmoe.layer.unreached import with_unreached
-from hf_mcsmoe.observation.gated_features import RoutedTokens, sum_expert_grams
+from hf_mcsmoe.observation.gated_features import sum_expert_grams
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 from hf_mcsmoe.selection import SELECTION, gated_obs
 from hf_mcsmoe.selection.gated_obs import increasing, removal_costs, saliency_by_gated_obs
 

@@ -9,8 +9,8 @@ from fit_layers import activation, packed_experts, routed, slow_outputs, with_ta
 from hf_mcsmoe.layer.fit import refit_down
 from hf_mcsmoe.observation import sinks
 from hf_mcsmoe.observation.beside_experts import BesideExperts
-from hf_mcsmoe.observation.gated_features import RoutedTokens
 from hf_mcsmoe.observation.sinks import with_bounded_sinks
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 from hf_mcsmoe.recipe import Recipe
 
 WIDTHS = (4, 0, 3, 5)

@@ -33,8 +33,9 @@ from hf_mcsmoe.layer.merging import MergedLayer, unite_groups
 from hf_mcsmoe.layer.parts import in_parts
 from hf_mcsmoe.layer.router import cut_router
 from hf_mcsmoe.modeling.densify import densify
-from hf_mcsmoe.observation.gated_features import RoutedTokens, apply_down
+from hf_mcsmoe.observation.gated_features import apply_down
 from hf_mcsmoe.observation.layer_inputs import LayerInputs
+from hf_mcsmoe.observation.token_batches import RoutedTokens
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.publishing import read_report
 from hf_mcsmoe.recipe_reading import recipe_from_preset

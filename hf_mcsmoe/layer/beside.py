@@ -10,9 +10,9 @@ from ..executors.in_memory import Collected
 from ..modeling.constant_outputs import fill_constants
 from ..modeling.offload import execution_device, fetched, replace_tensor
 from ..observation.beside_experts import BesideExperts
-from ..observation.gated_features import RoutedTokens
 from ..observation.layer_inputs import LayerInputs
 from ..observation.shared_features import routed_scale, shared_features
+from ..observation.token_batches import RoutedTokens
 from ..recipe import Recipe
 from ..refit import REFIT
 from ..types import MoeLayer, SharedExpert

@@ -5,8 +5,8 @@ import dataclasses
 from torch import Tensor
 
 from ..constants import CONSTANTS
-from ..observation.gated_features import RoutedTokens
 from ..observation.layer_tokens import LayerTokens
+from ..observation.token_batches import RoutedTokens
 from ..recipe import Recipe
 from ..types import ExpertGroups, LayerStatistics
 

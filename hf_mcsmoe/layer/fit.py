@@ -15,10 +15,8 @@ from ..observation.beside_experts import BesideExperts, joint_down, joint_offset
 from ..observation.gated_features import (
     Activation,
     FeatureSums,
-    RoutedTokens,
     add_outputs,
     dense_gates,
-    in_chunks,
     output_of_biases,
     sum_expert_grams,
     sum_features,
@@ -27,6 +25,7 @@ from ..observation.held_out_error import HeldOutError
 from ..observation.kept_features import KeptFeatures
 from ..observation.layer_inputs import LayerInputs, choice
 from ..observation.sinks import with_bounded_sinks
+from ..observation.token_batches import RoutedTokens, in_chunks
 from ..recipe import Recipe
 from ..refit import REFIT
 from ..selection import SELECTION

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
-from ..observation.gated_features import RoutedTokens
+from ..observation.token_batches import RoutedTokens
 
 MOST_NEURONS = 16_384  # of a part: its Gram takes 2 GB
 

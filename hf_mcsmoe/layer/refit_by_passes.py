@@ -10,14 +10,13 @@ from ..expert_values import PackedExperts
 from ..observation.beside_experts import BesideExperts, joint_down, joint_offsets, with_joint_down
 from ..observation.gated_features import (
     Activation,
-    RoutedTokens,
     apply_down,
-    chunks,
     features_of_experts,
     output_of_biases,
     sum_expert_grams,
 )
 from ..observation.observed import sum_dtype
+from ..observation.token_batches import RoutedTokens, chunks
 
 RIDGE = 1e-2
 MAX_ITERATIONS = 30

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
-from ..observation.gated_features import CHUNK_TOKENS, Activation, RoutedTokens, sum_expert_grams
+from ..observation.gated_features import Activation, sum_expert_grams
+from ..observation.token_batches import CHUNK_TOKENS, RoutedTokens
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from torch.nn.functional import linear
 
 from ..expert_values import PackedExperts
 from ..matching import MATCHING
-from ..observation.gated_features import Activation, RoutedTokens, apply_down, inner_matrices
+from ..observation.gated_features import Activation, apply_down, inner_matrices
 from ..observation.kept_features import MOST_BYTES
 from ..observation.sinks import with_bounded_sinks
+from ..observation.token_batches import RoutedTokens
 from ..option_checks import check_all, check_real, check_whole
 from .tokens import BATCH_TOKENS, MatchingTokens, held_out_error
 

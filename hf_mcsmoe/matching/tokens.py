@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..expert_values import PackedExperts
 from ..observation.beside_experts import BesideExperts
-from ..observation.gated_features import Activation, RoutedTokens, apply_down, dense_gates
+from ..observation.gated_features import Activation, apply_down, dense_gates
 from ..observation.layer_inputs import LayerInputs
+from ..observation.token_batches import RoutedTokens
 from ..types import MoeLayer
 
 BATCH_TOKENS = 8192

@@ -12,15 +12,12 @@ both cancel: the changes are blocks of the fit like the down projections of expe
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
-
-if TYPE_CHECKING:
-    from .gated_features import RoutedTokens
+from .token_batches import RoutedTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +33,7 @@ class BesideExperts:
         """`change` of the shared expert, (width, D), and of the constants, (R, D)."""
         return self.change.split(self.widths)
 
-    def features(self, batch: "RoutedTokens") -> list[tuple[Tensor, Tensor]]:
+    def features(self, batch: RoutedTokens) -> list[tuple[Tensor, Tensor]]:
         """For each block (its tokens (t,) int64 ascending, their features (t, width) float32)."""
         device = self.change.device
         found = []
@@ -50,7 +47,7 @@ class BesideExperts:
             found.append((tokens, gates[tokens]))
         return found
 
-    def output(self, batch: "RoutedTokens") -> Tensor:
+    def output(self, batch: RoutedTokens) -> Tensor:
         """What the change adds for the tokens of a batch, (t, D) float32."""
         output = torch.zeros(batch.hidden_states.shape, device=self.change.device)
         changes = [change for change in self.changes if len(change)]

@@ -9,8 +9,8 @@ from torch.nn.functional import linear
 
 from ..option_checks import check_whole
 from ..types import ExpertWeights
-from .gated_features import in_chunks
 from .observed import sum_dtype
+from .token_batches import in_chunks
 
 if TYPE_CHECKING:
     from .layer_tokens import LayerTokens

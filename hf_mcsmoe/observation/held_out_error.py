@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..expert_values import PackedExperts
 from .beside_experts import BesideExperts, joint_offsets
-from .gated_features import Activation, RoutedTokens, add_outputs, in_chunks, output_of_biases
+from .gated_features import Activation, add_outputs, output_of_biases
 from .kept_features import KeptFeatures
 from .observed import sum_dtype
+from .token_batches import RoutedTokens, in_chunks
 
 EVERY = slice(None)
 

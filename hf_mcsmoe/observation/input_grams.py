@@ -6,8 +6,9 @@ from torch import Tensor
 from ..expert_values import PackedExperts
 from ..modeling.offload import fetched
 from ..types import ExpertWeights, MoeLayer
-from .gated_features import RoutedTokens, dense_gates, sum_input_grams
+from .gated_features import dense_gates, sum_input_grams
 from .layer_inputs import LayerInputs
+from .token_batches import RoutedTokens
 
 
 @torch.no_grad()

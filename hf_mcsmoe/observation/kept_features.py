@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..expert_values import PackedExperts
-from .gated_features import Activation, RoutedTokens, features_in_chunks
+from .gated_features import Activation, features_in_chunks
+from .token_batches import RoutedTokens
 
 MOST_BYTES = 2**29  # of the features of one layer; where they take more, every pass computes them anew
 

@@ -13,10 +13,11 @@ from ..expert_values import PackedExperts
 from ..layer.fit import routed_tokens, with_answers
 from ..modeling.offload import fetched
 from ..types import ExpertWeights, MoeLayer
-from .gated_features import Activation, RoutedTokens
+from .gated_features import Activation
 from .kept_features import KeptFeatures
 from .layer_inputs import LayerInputs, targets_of
 from .native_gates import native_gates
+from .token_batches import RoutedTokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .gated_features import RoutedTokens
+from .token_batches import RoutedTokens
 
 # Energy of a token's target, relative to the median of those that have any: ten times the norm. Ordinary tokens are
 # below; the outputs that make attention sinks are a hundred times as large as others in norm, ten thousand in energy.
