@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .families import find_layers
 from .layer_budget import FIT, parse_bytes
 from .loading import empty_model
-from .planning import plan
+from .model_plan import plan_of_share
 from .recipe import Recipe
 from .recipe_reading import recipe_from_dict
 
@@ -131,7 +131,7 @@ def with_keep(recipe: Recipe, step: int) -> Recipe:
 
 def planned_bytes(model: PreTrainedModel, recipe: Recipe, step: int) -> int:
     """Bytes of all weights of the result."""
-    return plan(model, with_keep(recipe, step)).total_bytes_after
+    return plan_of_share(model, with_keep(recipe, step)).total_bytes_after
 
 
 def smallest_step(model: PreTrainedModel, recipe: Recipe) -> int:
@@ -141,11 +141,11 @@ def smallest_step(model: PreTrainedModel, recipe: Recipe) -> int:
         ValueError: It cannot even have all of them.
     """
     low, high = 1, RESOLUTION
-    plan(model, with_keep(recipe, high))  # raises
+    plan_of_share(model, with_keep(recipe, high))  # raises
     while low < high:
         middle = (low + high) // 2
         try:
-            plan(model, with_keep(recipe, middle))
+            plan_of_share(model, with_keep(recipe, middle))
             high = middle
         except ValueError:
             low = middle + 1

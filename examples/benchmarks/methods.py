@@ -1,7 +1,7 @@
 """Every method on one model: both layouts, several sizes and calibration seeds, judged domain by domain.
 
     python examples/benchmarks/methods.py --model MODEL --calibration calib.npy \\
-        --data eval.python.npy eval.de.npy --output results
+        --data python=eval.python.npy de=eval.de.npy --output results
 
 For each seed one calibration serves all methods that are not sequential (`compare_methods`). With --alone every method
 is also run by itself at one size, with its own calibration, for its time beside a plain forward over the calibration
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fidelity_data import evaluation_data
 from fidelity_measure import compress, forward_seconds
 from methods_tables import write_plot, write_tables
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +24,6 @@ from transformers.utils import logging
 
 from hf_mcsmoe import PRESETS, Calibration, Recipe, load_calibration
 from hf_mcsmoe.compare import ComparedResult, compare_methods, recipes_to_compare
-from hf_mcsmoe.evaluation import load_evaluation_data
 from hf_mcsmoe.method_table import layouts_of
 
 ALONE_KEEP = 0.5
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--data", required=True, nargs="+", help="text or .npy tokens to judge on, one file a domain")
+    parser.add_argument("--data", required=True, nargs="+", help="name=path of each domain; text or .npy tokens")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", help="presets with commas between them; all without it")
     parser.add_argument("--keep", default="0.75,0.5,0.25")
@@ -51,9 +51,7 @@ def main() -> None:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-    rows = {}
-    for file in args.data:
-        rows |= load_evaluation_data(file, tokenizer, num_samples=args.evaluation_rows)
+    rows = evaluation_data(args.data, tokenizer, args.evaluation_rows)
     names = args.methods.split(",") if args.methods else sorted(PRESETS.keys() - {"auto"})
     keeps, layouts = [float(keep) for keep in args.keep.split(",")], args.layouts.split(",")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from .together import together
 
 if TYPE_CHECKING:
     from ..executors.streaming_summary import StreamingSummary
-    from ..planning import ModelPlan
+    from ..model_plan import ModelPlan
     from ..types import CompressionReport, Trial
 
 

@@ -9,7 +9,7 @@ from ..cli import options
 from .tables import before_after, human, name_pattern, print_table
 
 if TYPE_CHECKING:
-    from ..planning import ModelPlan
+    from ..model_plan import ModelPlan
 
 
 def plan_command(
