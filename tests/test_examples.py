@@ -68,7 +68,8 @@ def test_a_model_is_compressed_evaluated_and_published(tmp_path):
         hub.close()
     before, after = (float(printed.split(word)[1].split()[0]) for word in ("loss ", " -> "))
     assert 2 < before < after < before + 1
-    assert {"compression_report.html", "plots/layers.png", "README.md", "model.safetensors"} <= files.keys()
+    assert {"compression_report.html", "plots/layers.png", "README.md", "config.json"} <= files.keys()
+    assert any(name.startswith("model") and name.endswith(".safetensors") for name in files)
     assert "/commit/" in printed and b"not evaluated." not in files["README.md"].split(b"## Evaluation")[1][:200]
 
 
@@ -81,7 +82,7 @@ def test_the_script_that_made_the_tiny_model_runs(tmp_path):
 
 @pytest.mark.slow
 def test_a_compressed_model_is_recovered(tmp_path):
-    size = ("--max-steps", "1", "--evaluation-rows", "1")
+    size = ("--max-steps", "2", "--evaluation-rows", "1")  # the first step only warms up
     printed = run(str(EXAMPLES / "recover_with_trainer.py"), "--output", str(tmp_path / "out"), *size)
     losses = {
         line.split(":")[0]: float(line.split()[2].rstrip(",")) for line in printed.splitlines() if "loss " in line
