@@ -1,5 +1,6 @@
 """The table of methods is what the registries say, and the README shows it."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -52,3 +53,13 @@ def test_the_command_shows_all_methods_or_those_with_a_word():
     assert PRESETS["reap"].url in shown.output
     missing = CliRunner().invoke(app, ["methods", "reaper"])
     assert missing.exit_code == 2
+
+
+def test_the_readme_shows_the_results_of_the_benchmark(monkeypatch):
+    folder = Path("examples/benchmarks")
+    monkeypatch.syspath_prepend(folder)
+    summary = importlib.import_module("methods_summary").summary
+    table = summary(json.loads((folder / "results/methods/methods.json").read_text(encoding="utf-8")))
+    assert table.count("\n") > 30
+    text = Path("README.md").read_text(encoding="utf-8")
+    assert insert(text, table, "results") == text, "see examples/benchmarks/methods_summary.py"

@@ -213,11 +213,34 @@ def test_forwards_end_at_the_layer_that_is_looked_at(original, padded):
     model = original("qwen3_moe")
     calls = [0] * LAYERS
     for place, module in enumerate(decoder_layers(model)):
-        module.register_forward_pre_hook(lambda m, args, place=place: calls.__setitem__(place, calls[place] + 1))  # noqa: ARG005
+        norm = module.input_layernorm
+        norm.register_forward_pre_hook(lambda m, args, place=place: calls.__setitem__(place, calls[place] + 1))  # noqa: ARG005
     fit(model, padded, **SEQUENTIAL)
     batches = len(padded.batches)
-    # One pass for the statistics, then one for each layer, up to it.
-    assert calls == [batches * (1 + LAYERS - place) for place in range(LAYERS)]
+    # One pass for the statistics, then each layer before it is compressed and, but for the last one, after that.
+    assert calls == [batches * (3 if place < LAYERS - 1 else 2) for place in range(LAYERS)]
+
+
+def test_forwards_that_go_on_give_what_those_from_the_start_do(original, padded, monkeypatch):
+    results = [fit(original("qwen3_moe"), padded, **SEQUENTIAL)]
+    monkeypatch.setattr(kept_inputs, "continued_forwards", lambda *_: None)
+    results.append(fit(original("qwen3_moe"), padded, **SEQUENTIAL))
+    for (name, one), other in zip(results[0].state_dict().items(), results[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_model_that_cannot_begin_in_between_is_run_from_the_start(original, padded):
+    expected = fit(original("qwen3_moe"), padded, **SEQUENTIAL)
+    model, calls = original("qwen3_moe"), [0] * LAYERS
+    for place, module in enumerate(decoder_layers(model)):
+        norm = module.input_layernorm
+        norm.register_forward_pre_hook(lambda m, args, place=place: calls.__setitem__(place, calls[place] + 1))  # noqa: ARG005
+        # Never the same hidden states that the layer before gave.
+        module.register_forward_pre_hook(lambda m, args: (args[0] + 0, *args[1:]))  # noqa: ARG005
+    result = fit(model, padded, **SEQUENTIAL)
+    assert calls[0] > len(padded.batches) * LAYERS
+    for (name, one), other in zip(result.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_a_forward_that_is_cut_short_gives_the_layers_what_a_whole_one_does(original, prompt):

@@ -85,8 +85,8 @@ def estimate(
     sizes = plan(model, recipe)
     written = sizes.total_bytes_after
     passes = passes_in_memory(layers, recipe, work)
-    # The forwards of a sequential recipe end at the layer that they are for: half of them on average.
-    whole = 1 + forwards_beforehand(layers, recipe, work) + (len(layers) + 1) / 2 if recipe.sequential else passes
+    # A sequential recipe runs all layers but the last once more after they are compressed: `ContinuedForwards`.
+    whole = passes - 1 / len(layers) if recipe.sequential else passes
     how = {"work": work, "recipe": recipe, "rates": rates, "steps": steps}
     in_memory = Estimate(
         "in_memory",
@@ -94,7 +94,7 @@ def estimate(
         sizes.total_bytes_before,
         written,
         forward.flops * whole,
-        (passes if recipe.sequential else 1) * of_layers.flops,
+        (2 if recipe.sequential else 1) * of_layers.flops,
         steps.flops,
         memory_of_loaded(model, layers, num_experts, sizes.total_bytes_before, recipe, work),
         seconds(forward.times(whole) + of_layers + steps, sizes.total_bytes_before, written, rates),
@@ -108,6 +108,8 @@ def estimate(
 def passes_in_memory(layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
     """Forwards over the calibration data."""
     wanted, beforehand = wanted_by(recipe), forwards_beforehand(layers, recipe, work)
+    if recipe.sequential:  # at first, to be looked at again, and compressed
+        return beforehand + 3
     return beforehand + (1 if fits_at_once(layers, work, wanted) else 1 + len(groups_of_layers(layers, work, wanted)))
 
 
@@ -201,7 +203,7 @@ def memory_of_loaded(
     """Of the executor that holds the model."""
     return Memory(
         weights=weights,
-        hidden_states=0,
+        hidden_states=work.all_tokens * hidden_bytes(model) if recipe.sequential else 0,
         statistics=sum(statistics_bytes(layer, recipe) for layer in layers),
         kept_tokens=kept_bytes(layers, recipe, work),
         activations=batch_bytes(model, layers, recipe, work),

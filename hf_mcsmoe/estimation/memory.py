@@ -36,7 +36,7 @@ class Memory:
     """Bytes, by what they are for. `peak` is what they can be together; the program itself is not in it."""
 
     weights: int
-    hidden_states: int  # of the calibration rows; streaming keeps them from layer to layer
+    hidden_states: int  # of the calibration rows; what goes layer by layer keeps them from one to the next
     statistics: int
     kept_tokens: int
     activations: int  # of one batch

@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 
 from ..calibration import Calibration
 from ..observation.layer_inputs import LayerInputs
+from ..statistics import STATISTICS
 from ..types import MoeLayer
 from .in_memory import FIT_HELD_OUT_TOKENS, HELD_OUT_TOKENS, Collected, collect
-from .part_of_forward import forward_until
+from .part_of_forward import ContinuedForwards, continued_forwards, forward_until
+from .shards import NotStreamableError
 from .unit_check import check_units
 from .wanted import Wanted
 
@@ -56,9 +58,10 @@ def visits(
 ) -> Iterator[tuple[MoeLayer, Collected]]:
     """Each layer once, with what it is to be compressed on. Compress it before asking for the next one.
 
-    A sequential recipe needs one forward for each layer, from the first to the last, up to that layer and through
-    those that are compressed already, for statistics and tokens. With `wanted.targets` its tokens come with the
-    `corrections` that bring their residual stream back to what `collect_first` kept of the original one.
+    A sequential recipe needs, for each layer from the first to the last, the part of a forward that runs the layer
+    before it, compressed by then, and the layer itself, for statistics and tokens; in models that cannot begin in
+    between, all layers up to it. With `wanted.targets` its tokens come with the `corrections` that bring their
+    residual stream back to what `collect_first` kept of the original one.
 
     Any other one needs what the original layers give: where the tokens of all layers do not fit in `MOST_BYTES`,
     layers are visited from the last to the first, in groups whose tokens do, because a layer's inputs depend only on
@@ -80,17 +83,36 @@ def visits(
     how: dict[str, Any] = {"progress": False, **amounts(wanted, keeps_tokens=True)}
     how["keeps_streams"] = wanted.targets is not None
     needs = wanted.statistics if wanted.sequential else frozenset()
+    # A backward needs the whole model.
+    goes_on = wanted.sequential and not any(STATISTICS.trait(name, "gradients", False) for name in needs)
+    forwards = continued_forwards(model, [*layers, *tied]) if goes_on else None
     for group in groups if wanted.sequential else reversed(groups):
         shared = [*group, *(other for other, first in tied.items() if first in group)]
-        if wanted.sequential:
-            how["forward"] = forward_until(model, shared)
-        again = collect(model, shared, data, needs, **how)
+        again, forwards = collect_part(model, shared, data, needs, forwards, how)
         for layer in group:
             first, now = collected.pop(layer.name), again.pop(layer.name)
             if wanted.targets is not None:
                 correct(now.calibration, first.calibration)
                 correct(now.held_out, first.held_out)
             yield layer, now if wanted.sequential else dataclasses.replace(now, statistics=first.statistics)
+
+
+def collect_part(
+    model: PreTrainedModel,
+    layers: list[MoeLayer],
+    data: Calibration,
+    needs: frozenset[str],
+    forwards: ContinuedForwards | None,
+    how: dict[str, Any],
+) -> tuple[dict[str, Collected], ContinuedForwards | None]:
+    """What a forward up to some layers leaves of them, and `forwards` if the next one may go on from there."""
+    if forwards is not None:
+        try:
+            with forwards.until(layers) as forward:
+                return collect(model, layers, data, needs, forward=forward, **how), forwards
+        except NotStreamableError:
+            pass  # nothing of this forward is kept
+    return collect(model, layers, data, needs, forward=forward_until(model, layers), **how), None
 
 
 def original_visits(

@@ -1,15 +1,17 @@
-"""A forward of a model that ends where no later layer is looked at."""
+"""Forwards of a model that run no layer in vain: they end where no later one is looked at, or go on from there."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from accelerate.utils import has_offloaded_params
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..families import reading_part
 from ..types import MoeLayer
+from .decoder_stack import DecoderStack
+from .shards import NotStreamableError
 from .stream_outputs import decoder_layer
 
 
@@ -27,7 +29,7 @@ def forward_until(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Callabl
         around = {decoder_layer(model, layer) for layer in layers}
     except ValueError:
         return None
-    if any(has_offloaded_params(module) for module in model.modules()):
+    if has_offload(model):
         return None
 
     def forward(position: int, inputs: dict[str, Any]) -> None:  # noqa: ARG001
@@ -47,3 +49,55 @@ def forward_until(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Callabl
                 pass
 
     return forward
+
+
+class ContinuedForwards:
+    """Forwards for layers that are visited from the first to the last and change in between.
+
+    Each begins with the decoder layer of the last visit, on what that one was given before: all layers run twice, to
+    be looked at and once they have changed, however many there are. Memory: the hidden states of the calibration
+    tokens, in RAM.
+
+    Args:
+        model: Nothing in it is offloaded.
+        layers: Those to visit.
+
+    Raises:
+        NotStreamableError: Here or in a forward: layers pass on more than hidden states, see `DecoderStack`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[MoeLayer]):
+        self.stack = DecoderStack(model, layers)
+        self.first = 0  # the decoder layer that the next forward begins with
+        self.given: dict[int, Tensor] = {}  # to it, by the position of the batch; nothing to layer 0
+
+    @contextmanager
+    def until(self, layers: Sequence[MoeLayer]) -> Iterator[Callable[[int, dict[str, Any]], Any]]:
+        """Within the context, what runs one batch up to the last of some layers, for `collect`; each batch once.
+
+        Afterwards the first of them may change, and so may all behind it.
+        """
+        places = [self.stack.index_of(f"{layer.name}.") for layer in layers]
+        first, begin, given = min(places), self.first, {}
+        with self.stack.between(begin, max(places)) as run:
+
+            def forward(position: int, inputs: dict[str, Any]) -> None:
+                run(self.given.pop(position, None), **inputs)
+                if first > 0:
+                    given[position] = run.received[first - begin].cpu()
+
+            yield forward
+        self.first, self.given = first, given
+
+
+def continued_forwards(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> ContinuedForwards | None:
+    """Those of a model, or None where its layers cannot run one after another by themselves."""
+    try:
+        return None if has_offload(model) else ContinuedForwards(model, layers)
+    except NotStreamableError:
+        return None
+
+
+def has_offload(model: PreTrainedModel) -> bool:
+    """Whether weights of a model are put on their device for each forward."""
+    return any(has_offloaded_params(module) for module in model.modules())

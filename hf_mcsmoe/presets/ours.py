@@ -28,7 +28,7 @@ CORRECTED = {"sequential": True, "targets": "original_stream"}
 JOINTLY = {"selection": "joint_obs", "matching": "gauss_newton"}
 IN_ORDER = (
     "Layers go one after another, and each is fitted to bring the residual stream back to the original model's, so it "
-    "also makes up for what the ones before it lost. It takes one forward for each layer, up to that layer."
+    "also makes up for what the ones before it lost. Each layer runs twice more, as it was and compressed."
 )
 JOINT_ORDER = (
     "Neurons go by the Optimal Brain Surgeon, applied to the gated features of all experts of a layer together; then "
