@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from hf_mcsmoe import Recipe
 from hf_mcsmoe.matching import gauss_newton
-from hf_mcsmoe.matching.gauss_newton import Linearization, match_by_gauss_newton
+from hf_mcsmoe.matching.gauss_newton import Linearization, enough, match_by_gauss_newton
 from hf_mcsmoe.matching.tokens import MatchingTokens, held_out_error
 from hf_mcsmoe.observation.sinks import with_bounded_sinks
 
@@ -54,11 +54,12 @@ def dense_jacobian(experts, batch):
 
 def test_the_linear_map_and_its_transpose_are_those_of_the_jacobian(experts, seen):
     problem, jacobian = Linearization(experts, activation, MatchingTokens([seen])), dense_jacobian(experts, seen)
+    (at,) = problem.curvature()
     change = torch.randn(inner(experts).shape, generator=torch.Generator().manual_seed(1))
     moved = (jacobian @ change.double().flatten()).reshape(seen.targets.shape)
-    assert_close(problem.times(0, change).double(), moved, rtol=1e-4, atol=1e-4)
+    assert_close(problem.times(*at, change).double(), moved, rtol=1e-4, atol=1e-4)
     back = torch.zeros_like(change)
-    problem.add_transposed(0, seen.targets, back)
+    problem.add_transposed(*at, seen.targets, back)
     expected = (jacobian.T @ seen.targets.double().flatten()).reshape(change.shape)
     assert_close(back.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -94,6 +95,31 @@ def test_the_diagonal_is_that_of_a_jacobian_whose_inputs_know_nothing_of_its_slo
             jacobian = dense_jacobian(experts, one).reshape(-1, *matrices.shape)[:, place]
             features += jacobian.square().sum((0, 2)) / x[token].square().sum()
         assert_close(row.flatten().double(), features * gram.diagonal().mean() / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_curvature_of_some_tokens_goes_with_the_gradient_of_all(experts, seen):
+    problem = Linearization(experts, activation, MatchingTokens([seen]), 3)
+    some = dataclasses.replace(
+        seen, hidden_states=seen.hidden_states[::3], gates=seen.gates[::3], targets=seen.targets[::3]
+    )
+    (some,) = with_bounded_sinks([some])
+    jacobian, of_some = dense_jacobian(experts, seen), dense_jacobian(experts, some)
+    residual = (seen.targets.double() - outputs(experts, seen, inner(experts))).flatten()
+    entries, _ = problem.diagonal()
+    damping = 0.1 * entries.double().mean(1).flatten().repeat_interleave(inner(experts)[0].numel())
+    normal = of_some.T @ of_some + damping.diag()
+    expected = torch.linalg.solve(3 * normal, jacobian.T @ residual).reshape(inner(experts).shape)
+    assert_close(problem.solve(300, 0.1).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_half_of_the_tokens_give_the_curvature_where_there_are_plenty(experts):
+    batch = routed(60, len(WIDTHS))
+    gates = torch.ones_like(batch.gates)
+    few = with_targets_of(experts, dataclasses.replace(batch, gates=gates), noise=0.5)
+    plenty = dataclasses.replace(
+        few, **{name: getattr(few, name).repeat(2, 1) for name in ("hidden_states", "gates", "targets")}
+    )
+    assert (enough(MatchingTokens([few])), enough(MatchingTokens([plenty]))) == (1, 2)
 
 
 def match(experts, seen, held_out=None, **options):
@@ -136,7 +162,12 @@ def test_tokens_that_ask_for_nothing_change_nothing(experts, seen):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"iterations": 0}, "iterations is 0"), ({"ridge": 0}, "ridge is 0")]
+    ("options", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0"),
+        ({"ridge": 0}, "ridge is 0"),
+        ({"curvature_every": 0}, "curvature_every is 0"),
+    ],
 )
 def test_options_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
