@@ -93,7 +93,12 @@ def test_the_workload_is_that_of_the_data(data):
     assert work.batches == {8: 2, 7: 1, 1: 1} and sum(work.batches.values()) == len(data.batches)
 
 
-@pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {}, {"refit": "least_squares"}, {"layout": "native"}])
+CORRECTED = {"allocation": "uniform", "refit": "least_squares", "sequential": True, "targets": "original_stream"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"allocation": "uniform"}, {}, {"refit": "least_squares"}, {"layout": "native"}, CORRECTED]
+)
 def test_streaming_reads_and_writes_what_is_said(changes, checkpoint, data, tmp_path):
     folder, recipe = checkpoint("qwen3_moe"), recipe_from_preset("m-smoe", **changes)
     described = empty_model(tiny_config("qwen3_moe", dtype="bfloat16"))

@@ -9,13 +9,11 @@ from all_families import tiny
 from test_layer_fit import fit, logits, reports
 from torch.testing import assert_close
 
-from hf_mcsmoe import Recipe, load_calibration, plan
+from hf_mcsmoe import Recipe, compress_moe, load_calibration, plan
 from hf_mcsmoe.executors import kept_inputs
 from hf_mcsmoe.executors.kept_inputs import correct
 from hf_mcsmoe.executors.part_of_forward import forward_until
-from hf_mcsmoe.executors.shards import NotStreamableError
 from hf_mcsmoe.executors.stream_outputs import check_streams, decoder_layer
-from hf_mcsmoe.executors.streaming_choice import check_streamable
 from hf_mcsmoe.executors.unit_check import is_unit
 from hf_mcsmoe.families import find_layers
 from hf_mcsmoe.observation.layer_inputs import LayerInputs
@@ -302,12 +300,11 @@ def test_a_stream_that_is_not_a_sum_is_refused(original, tokens):
         fit(model, tokens, **REPAIRED)
 
 
-def test_it_is_not_streamed_but_loaded(original):
-    """A run that streams would have to keep two residual streams; until it does it must not leave one out."""
-    config = original("qwen3_moe").config
-    check_streamable(config, Recipe(**SEQUENTIAL), False)
-    with pytest.raises(NotStreamableError, match="its recipe compares each layer with the original_stream"):
-        check_streamable(config, Recipe(**REPAIRED), False)
+def test_a_stream_that_is_not_a_sum_is_refused_where_layers_are_streamed_too(checkpoint, tokens, tmp_path):
+    how = {"calibration": tokens, "progress": False, "executor": "streaming"}
+    with pytest.raises(ValueError, match=r"'model.layers.0.experts' cannot be followed: what its experts give is cha"):
+        compress_moe(checkpoint("gemma4_text"), Recipe(**REPAIRED), output_dir=tmp_path / "out", **how)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def streaming(
     forward = calibration_operations(model, work).times(forwards)
     memory = memory_of_streamed(model, layers, num_experts, in_stack, rest, recipe, work)
     total = forward + of_layers.times(forwards) + steps
-    written += (passes.runs_data_first + passes.runs_data_last) * states
+    written += (passes.runs_data_first + passes.runs_data_last * (1 if recipe.targets is None else 2)) * states
     if passes.has_first:  # what the first pass leaves for the second one
         written += sum(statistics_bytes(x, recipe) + kept_bytes([x], recipe, work) for x in layers)
     time = seconds(total, read, written, rates)
@@ -222,6 +222,7 @@ def memory_of_streamed(
 ) -> Memory:
     """Of the executor that holds one decoder layer: fused from experts stored one by one, and as it becomes."""
     states = min(HIDDEN_STATES_BYTES, work.all_tokens * hidden_bytes(model))
+    states *= 1 if recipe.targets is None else 2  # those of the original layers, too
     return Memory(
         weights=rest + 2 * max(in_stack, default=0),  # the next one is read ahead
         hidden_states=states,

@@ -71,7 +71,14 @@ def kept_bytes(layers: list[MoeLayer], recipe: Recipe, work: Workload) -> int:
     fitted = min(recipe.fit_tokens, work.num_tokens) if wanted.keeps_tokens else 0
     together = max(groups_of_layers(layers, work, wanted), key=len)
     of_group = sum(fitted * bytes_per_token(layer, wanted) for layer in together)
+    if wanted.targets is not None:  # the stream after all layers at first, and after the one at work
+        of_group += (fitted + held_out) * sum(stream_bytes(layer) for layer in [*layers, *together])
     return of_group + sum(held_out * bytes_per_token(layer, wanted) for layer in layers)
+
+
+def stream_bytes(layer: MoeLayer) -> int:
+    """Of the residual stream of one token."""
+    return layer.hidden_size * next(iter(layer.expert_parameters.values())).element_size()
 
 
 def widths_to_select(layer: MoeLayer, recipe: Recipe, num_experts: int) -> tuple[float, float]:

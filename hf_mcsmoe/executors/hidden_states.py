@@ -19,16 +19,17 @@ class HiddenStates:
     Args:
         folder: For the files: that of the last finished layer, and that of the layer at work.
         in_memory_bytes: Most bytes to keep in RAM.
+        name: What their files begin with.
     """
 
-    def __init__(self, folder: Path, in_memory_bytes: int):
-        self.folder = folder
+    def __init__(self, folder: Path, in_memory_bytes: int, name: str = "hidden_states"):
+        self.folder, self.name = folder, name
         self.in_memory_bytes = in_memory_bytes
         self.bytes_written = 0
         self._record: dict[str, Any] | None = None
         self._kept: dict[int, Tensor] = {}
 
-    def restore(self, record: dict[str, Any]) -> None:
+    def restore(self, record: dict[str, Any] | None) -> None:
         """Go on from what `written` gave in an earlier run."""
         self._record = record
         self._kept = {}
@@ -50,7 +51,7 @@ class HiddenStates:
     @contextmanager
     def written(self, layer: int) -> Iterator["HiddenStatesWriter"]:
         """Take the outputs of one decoder layer, batch by batch; they replace the former ones at the end."""
-        writer = HiddenStatesWriter(self.folder / f"hidden_states-{layer:05d}.bin", self.in_memory_bytes)
+        writer = HiddenStatesWriter(self.folder / f"{self.name}-{layer:05d}.bin", self.in_memory_bytes)
         with open(writer.path, "wb") as file:
             writer.file = file
             yield writer
@@ -65,7 +66,7 @@ class HiddenStates:
     def clean(self) -> None:
         """Delete the files that no later step reads."""
         current = self._record["file"] if self._record else None
-        for file in self.folder.glob("hidden_states-*.bin"):
+        for file in self.folder.glob(f"{self.name}-*.bin"):
             if file.name != current:
                 file.unlink()
 

@@ -92,8 +92,7 @@ def visits(
         for layer in group:
             first, now = collected.pop(layer.name), again.pop(layer.name)
             if wanted.targets is not None:
-                correct(now.calibration, first.calibration)
-                correct(now.held_out, first.held_out)
+                correct_streams(now, first)
             yield layer, now if wanted.sequential else dataclasses.replace(now, statistics=first.statistics)
 
 
@@ -137,6 +136,12 @@ def original_visits(
     for group in groups_of_layers(layers, data, dataclasses.replace(wanted, sequential=False)):
         found = collect(model, group, data, frozenset(), **how)
         yield from ((layer, found.pop(layer.name)) for layer in group)
+
+
+def correct_streams(now: Collected, original: Collected) -> None:
+    """Give all kept tokens of a layer the corrections that bring their residual stream to the original one."""
+    correct(now.calibration, original.calibration)
+    correct(now.held_out, original.held_out)
 
 
 def correct(now: LayerInputs, original: LayerInputs) -> None:

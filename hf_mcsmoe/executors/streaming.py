@@ -39,6 +39,7 @@ from .streaming_model import StreamedModel
 from .streaming_passes import Passes, has_room_for_tokens, plan_passes
 from .streaming_run import StreamingRun
 from .streaming_summary import StreamingSummary
+from .unit_check import UnfollowedStreamError
 
 HIDDEN_STATES_BYTES = 2**30
 
@@ -86,8 +87,8 @@ def compress_by_streaming(
 
     Raises:
         NotStreamableError: The model's layers cannot run one at a time. Nothing is left behind.
-        ValueError: The checkpoint is damaged, saved statistics are of another model, or an unfinished run of
-            something else is in the way.
+        ValueError: The checkpoint is damaged, saved statistics are of another model, targets cannot be followed, or an
+            unfinished run of something else is in the way.
         OSError: The disk is full; finished layers stay, and the same call goes on.
     """
     check_streamable(config, recipe, trust_remote_code)
@@ -114,7 +115,7 @@ def compress_by_streaming(
             run = StreamingRun(streamed, recipe, passes, journal, progress=progress)
             notices = [] if packed is None else [unpacking_notice(packed, model.dtype)]
             finish(run, data, output, tokenizer, notices, fit)
-    except (NotStreamableError, OtherModelError):
+    except (NotStreamableError, OtherModelError, UnfollowedStreamError):
         shutil.rmtree(working)
         raise
     shutil.rmtree(working)

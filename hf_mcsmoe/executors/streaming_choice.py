@@ -66,8 +66,6 @@ def reason_against_recipe(recipe: Recipe) -> str | None:
         return (
             f"its recipe's allocation {recipe.allocation!r} looks at the neurons of all layers before it narrows one"
         )
-    if recipe.targets is not None:
-        return f"its recipe compares each layer with the {recipe.targets} of the whole model"
     return None
 
 

@@ -27,7 +27,8 @@ class StreamedModel:
     """Weights come from the shards, a decoder layer at a time; the calibration data wait between the layers.
 
     Memory: one decoder layer, and the next one as it is stored; while a layer is fused from experts stored one by one
-    it is there twice; what is outside of the decoder layers; the hidden states that `hidden_states_bytes` allows.
+    it is there twice; what is outside of the decoder layers; the hidden states that `hidden_states_bytes` allows,
+    twice if the recipe has `targets`.
 
     Args:
         model: Without weights, see `open_skeleton`.
@@ -60,6 +61,7 @@ class StreamedModel:
         self.model, self.shards, self.data, self.device, self.summary = model, shards, data, device, summary
         self.stack = DecoderStack(model, layers)
         self.hidden_states = HiddenStates(folder, hidden_states_bytes)
+        self.original_states = HiddenStates(folder, hidden_states_bytes, "original_states")  # if targets need them
         self.layers_of: dict[int, list[MoeLayer]] = {index: [] for index in range(len(self.stack))}
         for layer in layers:
             self.layers_of[self.stack.index_of(f"{layer.name}.")].append(layer)
@@ -90,6 +92,7 @@ class StreamedModel:
         yield
         release(self.stack.modules[index])
         self.hidden_states.clean()
+        self.original_states.clean()
 
     def close(self) -> None:
         """Forget all weights."""
@@ -97,7 +100,15 @@ class StreamedModel:
         self.reader.close()
 
     def observe(
-        self, index: int, layers: list[MoeLayer], wanted: Wanted, needs: frozenset[str], *, passes_on: bool
+        self,
+        index: int,
+        layers: list[MoeLayer],
+        wanted: Wanted,
+        needs: frozenset[str],
+        *,
+        passes_on: bool,
+        states: HiddenStates | None = None,
+        keeps_inputs: bool = True,
     ) -> dict[str, Collected]:
         """Run the calibration data through a decoder layer as it is now.
 
@@ -107,14 +118,17 @@ class StreamedModel:
             wanted: How many tokens to keep.
             needs: Statistics to collect.
             passes_on: The outputs become the hidden states of the next layer; else those of this one stay.
+            states: What the layers before it give; None for `hidden_states`.
+            keeps_inputs: Keep the inputs of the MoE layers, beside what `wanted` says.
 
         Returns:
             What the forward left, by the name of the MoE layer; no statistics where no token reached it.
         """
         start = time.perf_counter()
         writes = passes_on and index < self.last_moe
-        give = self.hidden_states.take if passes_on else self.hidden_states.read
-        writing = self.hidden_states.written(index) if writes else nullcontext()
+        states = self.hidden_states if states is None else states
+        give = states.take if passes_on else states.read
+        writing = states.written(index) if writes else nullcontext()
         with writing as writer, self.stack.only(index) as run:
 
             def forward(position: int, inputs: dict[str, Any]) -> None:
@@ -123,6 +137,7 @@ class StreamedModel:
                     writer.append(output)
 
             how = {**amounts(wanted, keeps_tokens=True), "refuse_unreached": False, "progress": False}
+            how |= {"keeps_streams": wanted.targets is not None, "keeps_inputs": keeps_inputs}
             found = collect(self.model, layers, self.data, needs, forward=forward, **how)
         self.summary.add_seconds("forward", start)
         self.summary.bytes_written += writer.num_bytes if writer is not None else 0
@@ -131,11 +146,13 @@ class StreamedModel:
     @property
     def record(self) -> dict[str, Any]:
         """Where the calibration data wait, as JSON, for `restore`."""
-        return {"hidden": self.hidden_states.record, "outputs": self.stack.num_outputs}
+        states = {"hidden": self.hidden_states.record, "original": self.original_states.record}
+        return {**states, "outputs": self.stack.num_outputs}
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Go on where an earlier run was when it got `record`."""
         self.hidden_states.restore(record["hidden"])
+        self.original_states.restore(record["original"])
         self.stack.num_outputs = record["outputs"]
 
     def tensors(self, index: int) -> dict[str, Tensor]:

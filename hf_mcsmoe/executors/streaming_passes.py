@@ -47,7 +47,8 @@ class Passes:
 
     def forwards(self, recipe: Recipe) -> int:
         """How often the calibration data go through a decoder layer with experts."""
-        return self.runs_data_first + self.runs_data_last * (2 if recipe.sequential else 1)
+        last = (2 if recipe.sequential else 1) + (recipe.targets is not None)
+        return self.runs_data_first + self.runs_data_last * last
 
     @property
     def descriptions(self) -> list[str]:
@@ -70,7 +71,8 @@ def plan_passes(
     the kept tokens, so that the last one runs no data, unless
 
     - the recipe is sequential: each layer's statistics come from the compressed layers before it, in the last pass;
-      the first collects only what budgets depend on, of the original layers, as `compress_in_memory` does;
+      the first collects only what budgets depend on, of the original layers, as `compress_in_memory` does. With
+      `targets` each layer runs on what the original layers before it give, too;
     - there is no room for the tokens: the last pass runs the data again, for these alone.
 
     With saved statistics no data are run, and a first pass is needed only where saliency reads weights.

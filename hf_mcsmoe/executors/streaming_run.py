@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from ..saved_statistics import SavedStatistics
 from ..types import LayerReport, LayerStatistics, MoeLayer
 from .in_memory import Collected
 from .journal import Journal
+from .kept_inputs import correct_streams
 from .output_shards import OutputShards
 from .skeleton import tied_names
 from .streaming_budgets import Budgets
 from .streaming_model import StreamedModel
 from .streaming_passes import Passes
 from .streaming_statistics import StatisticsFiles
+from .unit_check import UnitCheck
 from .wanted import wanted_by
 
 
@@ -172,8 +175,12 @@ class StreamingRun:
             for layer in layers:
                 yield layer, self.saved[layer.name] if self.saved is not None else self.files.collected(layer.name)
         elif self.recipe.sequential:
+            original = self._original_streams(index)
             for layer in layers:
-                yield layer, self._observe(index, [layer], passes_on=False)[layer.name]
+                of_layer = self._observe(index, [layer], passes_on=False)[layer.name]
+                if original:
+                    correct_streams(of_layer, original.pop(layer.name))
+                yield layer, of_layer
             if index < self.streamed.last_moe:
                 self._observe(index, [], passes_on=True)
         elif index <= self.streamed.last_moe:
@@ -183,6 +190,21 @@ class StreamingRun:
                 if passes.has_first:
                     of_layer = dataclasses.replace(of_layer, statistics=self.files.statistics(layer.name))
                 yield layer, of_layer
+
+    def _original_streams(self, index: int) -> dict[str, Collected]:
+        """Where the recipe has targets, the residual stream after the MoE layers of a decoder layer, all as they were.
+
+        Raises:
+            UnfollowedStreamError: What experts give is changed before it is added to the stream.
+        """
+        if self.recipe.targets is None or index > self.streamed.last_moe:
+            return {}
+        layers, states = self.streamed.layers_of[index], self.streamed.original_states
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(UnitCheck(self.streamed.model, layer).attached())
+            how = {"passes_on": True, "states": states, "keeps_inputs": False}
+            return self.streamed.observe(index, layers, self.wanted, frozenset(), **how)
 
     def _observe(self, index: int, layers: list[MoeLayer], *, passes_on: bool) -> dict[str, Collected]:
         return self.streamed.observe(index, layers, self.wanted, self.passes.last_needs, passes_on=passes_on)

@@ -19,6 +19,10 @@ UNIT_TOLERANCE = 0.01  # of the share of the routed output that the stream gets,
 ROUNDINGS = 8  # of the stream's dtype, that a layer may add to its output
 
 
+class UnfollowedStreamError(ValueError):
+    """The targets of a recipe are those of a residual stream that cannot be followed."""
+
+
 class UnitCheck:
     """Whether the routed output of a layer is added to the stream as it is, neither scaled nor normalised.
 
@@ -40,7 +44,7 @@ class UnitCheck:
         """Within the context a forward of the model is checked.
 
         Raises:
-            ValueError: In the forward: the routed output is not added as it is.
+            UnfollowedStreamError: In the forward: the routed output is not added as it is.
         """
         handles = [
             self.layer.experts.register_forward_hook(self._on_experts),
@@ -68,7 +72,7 @@ class UnitCheck:
             self.is_doubling = False
         self.is_done = True
         if not is_unit(stream, doubled, self._routed.reshape(stream.shape)):
-            raise ValueError(refusal(self.layer, "what its experts give is changed before it is added"))
+            raise UnfollowedStreamError(refusal(self.layer, "what its experts give is changed before it is added"))
 
 
 @torch.no_grad()
@@ -76,7 +80,7 @@ def check_units(model: PreTrainedModel, layers: Sequence[MoeLayer], data: Calibr
     """Run as many batches as it takes to see the experts of all layers answer, mostly one.
 
     Raises:
-        ValueError: The routed output of a layer is scaled or normalised before it is added to the residual stream.
+        UnfollowedStreamError: The routed output of a layer is scaled or normalised before the residual stream gets it.
     """
     checks = [UnitCheck(model, layer) for layer in layers]
     with ExitStack() as stack:
