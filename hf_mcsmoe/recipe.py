@@ -89,7 +89,7 @@ class Recipe(LayerBudget):
             dropped slots, are fitted to its original output; None leaves them.
         matching: How each layer alone is trained to give what the original one gave, after the refit; None does not.
         sequential: Statistics and tokens of each layer come from the compressed layers before it, not from the
-            original ones. One forward for each layer, up to that layer.
+            original ones. Each layer runs twice more, before it is compressed and after.
         targets: What refit and matching of a layer aim at. None: what its original experts give for the tokens that
             it is given. "original_stream", with `sequential`: what makes the residual stream after the layer that of
             the original model, so that each layer also makes up for what the compressed ones before it lost.
