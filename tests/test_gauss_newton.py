@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from hf_mcsmoe import Recipe
 from hf_mcsmoe.matching import gauss_newton
-from hf_mcsmoe.matching.gauss_newton import Linearization, enough, match_by_gauss_newton
+from hf_mcsmoe.matching.gauss_newton import Linearization, match_by_gauss_newton
 from hf_mcsmoe.matching.tokens import MatchingTokens, held_out_error
 from hf_mcsmoe.observation.sinks import with_bounded_sinks
 
@@ -110,16 +110,6 @@ def test_the_curvature_of_some_tokens_goes_with_the_gradient_of_all(experts, see
     normal = of_some.T @ of_some + damping.diag()
     expected = torch.linalg.solve(3 * normal, jacobian.T @ residual).reshape(inner(experts).shape)
     assert_close(problem.solve(300, 0.1).double(), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_half_of_the_tokens_give_the_curvature_where_there_are_plenty(experts):
-    batch = routed(60, len(WIDTHS))
-    gates = torch.ones_like(batch.gates)
-    few = with_targets_of(experts, dataclasses.replace(batch, gates=gates), noise=0.5)
-    plenty = dataclasses.replace(
-        few, **{name: getattr(few, name).repeat(2, 1) for name in ("hidden_states", "gates", "targets")}
-    )
-    assert (enough(MatchingTokens([few])), enough(MatchingTokens([plenty]))) == (1, 2)
 
 
 def match(experts, seen, held_out=None, **options):
