@@ -25,6 +25,7 @@ def judged(tokens):
     return {"first": load_calibration(tokens[:5]), "second": load_calibration(tokens[5:9])}
 
 
+@pytest.mark.slow
 def test_results_are_those_of_each_method_alone(original, compress, tokens, judged):
     model = original("qwen3_moe")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -31,6 +31,7 @@ def test_one_model_at_a_time_gives_the_same_scores(tiny, tokens, compressed, bes
     )
 
 
+@pytest.mark.slow
 def test_a_cache_of_something_else_is_refused(tiny, tokens, compressed, tmp_path):
     cache = tmp_path / "base.safetensors"
     options = ("--baseline-cache", cache, "--num-samples", 4)

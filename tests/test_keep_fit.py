@@ -48,6 +48,7 @@ def test_what_makes_no_sense_is_refused(fields, message):
         Recipe(**fields)
 
 
+@pytest.mark.slow
 def test_the_number_is_that_of_fit_recipe_and_the_report_says_why(original, tokens, tmp_path):
     model = original("qwen3_moe")
     found = fit_recipe(model, recipe_from_preset("joint-obs"), ASKED["fit"], context_length=16, batch_size=2)

@@ -283,6 +283,7 @@ def test_held_out_batches_have_no_say(original, tokens):
         assert torch.equal(statistics["fisher"], alone[name]["fisher"])
 
 
+@pytest.mark.slow
 def test_a_part_of_the_batches_runs_backward_and_all_of_them_forward(original, tokens):
     model, data = original("mixtral"), padded(ragged_rows(tokens), batch_size=1)
     layers, needs = find_layers(model), NAMES | {"gradient_count"}

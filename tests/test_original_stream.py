@@ -106,6 +106,7 @@ def test_it_ends_nearer_to_the_original_than_without(original):
     assert all(repaired < plain for plain, repaired in zip(errors[0][1:], errors[1][1:], strict=True))
 
 
+@pytest.mark.slow
 def test_matching_aims_at_the_stream_too(original):
     """A held-out sample that is the calibration data lets every step pass: what is trained for is what gets nearer."""
     data = rows_of_several_lengths(0)

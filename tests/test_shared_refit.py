@@ -234,8 +234,9 @@ def test_the_option_must_be_a_flag():
 # --- the same in every executor and wherever weights are kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RECIPES, "sequential"])
-@pytest.mark.parametrize("model_type", ["qwen2_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
 def test_streaming_gives_what_compressing_in_memory_gives(model_type, name, checkpoint, stream, tokens, tmp_path):
     recipe = {**RECIPES["merged"], "sequential": True, **REFIT} if name == "sequential" else {**RECIPES[name], **REFIT}
     folder = checkpoint(model_type)

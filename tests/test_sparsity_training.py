@@ -118,12 +118,9 @@ def test_trainer_does_what_a_plain_loop_does(model, make_trainer, dataset, accum
         torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODEL_TYPES, indirect=True)
-@pytest.mark.parametrize(
-    "stop_after",
-    [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)],
-    ids=["warm-up", "pruning", "final phase"],
-)
+@pytest.mark.parametrize("stop_after", [1, 4, 7], ids=["warm-up", "pruning", "final phase"])
 def test_resumed_training_is_bit_equal(model, make_trainer, stop_after, tmp_path):
     start = copy.deepcopy(model)
     how = {"gradient_accumulation_steps": 2}

@@ -150,6 +150,7 @@ def test_the_working_folder_holds_no_pickle_and_forgets_what_was_used(checkpoint
     assert any(name.startswith("layer-00001.tokens") for name in files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_images", [False, True])
 @pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"sequential": True, "allocation": "uniform"}, {}])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -207,6 +208,7 @@ def saliency_of_weights(monkeypatch):
     monkeypatch.setitem(SALIENCY._traits, "reads_weights", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAVED)
 def test_saved_statistics_are_streamed_without_a_forward(name, saved, both, forwards, tokens, tmp_path):
     folder, statistics = saved
